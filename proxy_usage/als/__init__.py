@@ -1,0 +1,1 @@
+"""Our subset of Envoy's access log schema; only ``proxy_usage.decode`` may import what is generated here."""

@@ -1,0 +1,1 @@
+"""Generated from ``protos/proxy_usage/als/v1/als.proto`` by ``python protos/generate.py``."""

@@ -1,0 +1,190 @@
+"""``proxy-usage deadletters``: events that an output refused alone, and putting them back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxy_usage.cli.options import (
+    ConfigOption,
+    EventArgument,
+    JsonOption,
+    LimitOption,
+    OutputOption,
+    load_config,
+)
+from proxy_usage.cli.queue import show_event
+from proxy_usage.cli.repair import repaired, when
+from proxy_usage.cli.show import Cell, emit, moment, plain, table
+from proxy_usage.errors import ProxyUsageError, UsageError
+
+if TYPE_CHECKING:
+    from proxy_usage.store.views import DeadLetter
+
+NONE_MEANT = "no dead letter was meant"
+
+deadletters = typer.Typer(
+    help="Events that an output refused alone, and putting them back.", no_args_is_help=True
+)
+IdsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[ID]...", help="These events; without: all that are meant.")
+]
+ReasonOption = Annotated[
+    str | None, typer.Option("--reason", metavar="REASON", help="With this reason only.")
+]
+
+
+@deadletters.command("ls")
+def ls(
+    config: ConfigOption = None,
+    output: OutputOption = None,
+    reason: ReasonOption = None,
+    limit: LimitOption = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List dead letters with the reason and the endpoint's answer."""
+    from proxy_usage.store.reader import Reader
+
+    with Reader(load_config(config).store.path) as reader:
+        letters = reader.dead_letters(output, reason, limit)
+    if as_json:
+        emit({"deadletters": letters})
+        return
+    rows: list[dict[str, Cell]] = [
+        {
+            "output": one.output,
+            "id": one.id,
+            "tenant": one.tenant,
+            "meter": one.meter,
+            "value": one.value,
+            "window": moment(one.window_ms),
+            "since": moment(one.at_ms),
+            "reason": one.reason,
+            "answer": one.answer,
+        }
+        for one in letters
+    ]
+    table(rows, empty="there are no dead letters")
+
+
+@deadletters.command("show")
+def show(event_id: EventArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show one dead letter: the answers, and what it says."""
+    show_event(event_id, config, as_json)
+
+
+@deadletters.command("replay")
+def replay(
+    ids: IdsArgument = None,
+    config: ConfigOption = None,
+    output: OutputOption = None,
+    reason: ReasonOption = None,
+    redate: Annotated[
+        bool, typer.Option("--redate", help="Under another id, in the present window: a new event each.")
+    ] = False,
+    accept_duplicates: Annotated[
+        bool,
+        typer.Option("--accept-duplicates", help="With --redate: also those the endpoint may have stored."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put dead letters back into the queue.
+
+    Their id, time and bytes do not change, unless --redate. A running service does it itself; without one,
+    this program takes the store's lock.
+    """
+    if accept_duplicates and not redate:
+        raise UsageError(
+            "--accept-duplicates goes with --redate",
+            hint="without it an event keeps its id and is told apart",
+        )
+    loaded = load_config(config)
+    wanted = list(dict.fromkeys(ids or []))
+    asked: dict[str, object] = {"output": output, "ids": wanted, "reason": reason}
+    if redate:
+        done = repaired(
+            loaded,
+            "deadletters.redate",
+            asked | {"accept_duplicates": accept_duplicates},
+            lambda repairs: repairs.redate(output, wanted, reason, accept_duplicates=accept_duplicates),
+        )
+    else:
+        done = repaired(
+            loaded, "deadletters.replay", asked, lambda repairs: repairs.replay(output, wanted, reason)
+        )
+    counts = done.counts
+    if as_json:
+        emit({name: count for name, count in counts.items() if name != "minted"} | {"service": done.service})
+        return
+    if redate:
+        count = counts.get("redated", 0)
+        print(f"{count} new events take the place of dead letters; {when(done)}" if count else NONE_MEANT)
+        if counts.get("doubtful"):
+            print(f"{counts['doubtful']} may have been stored and stay: --accept-duplicates takes them, too")
+        return
+    count = counts.get("replayed", 0)
+    print(f"{count} dead letters are back in the queue; {when(done)}" if count else NONE_MEANT)
+    if counts.get("too_late"):
+        print(f"{counts['too_late']} are too old to be sent as they are and stay: --redate makes them anew")
+
+
+@deadletters.command("export")
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Where to; - for standard output.")],
+    config: ConfigOption = None,
+    output: OutputOption = None,
+    reason: ReasonOption = None,
+) -> None:
+    """Write dead letters to a file: a JSON object a line, with the event as it would be sent.
+
+    They stay in the store. A file that is there is replaced once the new one is complete.
+    """
+    from proxy_usage.store.reader import Reader
+
+    with Reader(load_config(config).store.path) as reader:
+        lines = (_line(letter, body) for letter, body in reader.letters(output, reason))
+        if file == "-":
+            for line in lines:
+                print(line)
+            return
+        count = _write(Path(file), lines)
+    print(f"{count} dead letters are in {file}")
+
+
+def _line(letter: DeadLetter, body: bytes) -> str:
+    """``event`` is the CloudEvent; ``body`` stands for it, in base 64, where the stored bytes are no JSON."""
+    try:
+        event = {"event": json.loads(body)}
+    except ValueError:
+        event = {"body": base64.b64encode(body).decode()}
+    return json.dumps(plain(letter) | event, separators=(",", ":"))
+
+
+def _write(path: Path, lines: Iterable[str]) -> int:
+    """Writes a file for its owner alone, whole or not at all. Returns how many lines it has.
+
+    Raises:
+        ProxyUsageError: it cannot be written.
+    """
+    beside = path.with_name(path.name + ".partial")
+    count = 0
+    try:
+        beside.touch(0o600)
+        with beside.open("w", encoding="utf-8") as written:
+            for line in lines:
+                written.write(f"{line}\n")
+                count += 1
+            written.flush()
+            os.fsync(written.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise ProxyUsageError(
+            f"cannot write {path}: {error.strerror}", hint="name a file in a directory you may write to"
+        ) from None
+    return count

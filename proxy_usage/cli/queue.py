@@ -1,0 +1,156 @@
+"""``proxy-usage queue``: events on their way to an output."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from proxy_usage.cli.options import (
+    ConfigOption,
+    EventArgument,
+    JsonOption,
+    LimitOption,
+    OutputOption,
+    load_config,
+)
+from proxy_usage.cli.show import Cell, emit, facts, moment, plain, table
+from proxy_usage.errors import UsageError
+
+queue = typer.Typer(help="Events on their way to an output.", no_args_is_help=True)
+
+
+@queue.command("ls")
+def ls(
+    config: ConfigOption = None,
+    output: OutputOption = None,
+    limit: LimitOption = 100,
+    ambiguous: Annotated[
+        bool,
+        typer.Option(
+            "--ambiguous", help="Instead: delivered when the endpoint may have forgotten an earlier attempt."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List events that wait, and the batches that are sent again."""
+    from proxy_usage.store.reader import Reader
+
+    if ambiguous:
+        _ambiguous(config, output, limit, as_json)
+        return
+    with Reader(load_config(config).store.path) as reader:
+        events, batches = reader.queue(output, limit), reader.batches(output, limit)
+    if as_json:
+        emit({"events": events, "batches": batches})
+        return
+    waiting: list[dict[str, Cell]] = [
+        {
+            "output": one.output,
+            "id": one.id,
+            "tenant": one.tenant,
+            "meter": one.meter,
+            "value": one.value,
+            "window": moment(one.window_ms),
+            "state": one.state,
+            "attempts": one.attempts,
+        }
+        for one in events
+    ]
+    table(waiting, empty="nothing waits")
+    if batches:
+        print()
+    again: list[dict[str, Cell]] = [
+        {
+            "output": one.output,
+            "batch": one.batch,
+            "events": one.events,
+            "attempts": one.attempts,
+            "first sent": moment(one.first_attempt_ms),
+            "not before": moment(one.not_before_ms),
+            "answer": one.answer,
+        }
+        for one in batches
+    ]
+    table(again)
+
+
+def _ambiguous(config: ConfigOption, output: str | None, limit: int, as_json: bool) -> None:
+    from proxy_usage.store.reader import Reader
+
+    with Reader(load_config(config).store.path) as reader:
+        found = reader.ambiguous(output, limit)
+    if as_json:
+        emit({"ambiguous": found})
+        return
+    rows: list[dict[str, Cell]] = [
+        {
+            "output": one.output,
+            "id": one.id,
+            "tenant": one.tenant,
+            "meter": one.meter,
+            "value": one.value,
+            "window": moment(one.window_ms),
+            "delivered": moment(one.at_ms),
+        }
+        for one in found
+    ]
+    table(rows, empty="nothing was delivered that may have been stored before")
+
+
+@queue.command("show")
+def show(event_id: EventArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show one event: where it is, and what it says."""
+    show_event(event_id, config, as_json)
+
+
+def show_event(event_id: str, config: ConfigOption, as_json: bool) -> None:
+    """Shows an event, wherever it is.
+
+    Raises:
+        UsageError: the store does not know it. DecodeError: what it stored is not a CloudEvent.
+    """
+    from proxy_usage.samples import read_event
+    from proxy_usage.store.reader import Reader
+
+    with Reader(load_config(config).store.path) as reader:
+        view = reader.event(event_id)
+    if view is None:
+        raise UsageError(
+            f"the store knows no event {event_id}",
+            hint="proxy-usage queue ls and deadletters ls show ids; settled ones are kept for a while only",
+        )
+    event = None if view.body is None else read_event(view.body)
+    if as_json:
+        emit({**plain(view), "event": event})
+        return
+    facts(
+        [
+            ("id", view.id),
+            ("tenant", view.tenant),
+            *view.dimensions.items(),
+            (view.meter, view.value),
+            ("window", moment(view.window_ms)),
+            ("minted", None if view.minted_ms is None else moment(view.minted_ms)),
+        ]
+    )
+    print()
+    places: list[dict[str, Cell]] = [
+        {
+            "output": one.output,
+            "state": one.state,
+            "since": moment(one.at_ms),
+            "first sent": moment(one.first_attempt_ms),
+            "attempts": one.attempts,
+            "not before": moment(one.not_before_ms),
+            "status": one.status,
+            "reason": one.reason,
+            "answer": one.answer,
+        }
+        for one in view.places
+    ]
+    table(places)
+    print()
+    gone = "Every output has settled it; its bytes are gone."
+    print(gone if event is None else json.dumps(event, indent=2))

@@ -1,0 +1,157 @@
+"""``proxy-usage validate``: every mistake before the start, and what may surprise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from proxy_usage.cli.options import ConfigOption, JsonOption, config_file, load_config
+from proxy_usage.cli.show import Cell, emit, facts, safe
+from proxy_usage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from proxy_usage.config import Config
+
+CatalogOption = Annotated[
+    Path | None,
+    typer.Option("--catalog", metavar="DIR", help="Check against the service catalog in this directory."),
+]
+
+
+def validate(config: ConfigOption = None, catalog: CatalogOption = None, as_json: JsonOption = False) -> None:
+    """Check the configuration, and that the catalog declares it.
+
+    Exit code 0 when it can be used (there may be warnings), 78 when it cannot.
+    """
+    path = config_file(config)
+    try:
+        loaded = load_config(config)
+        warnings = [*_warnings(loaded, time.time_ns() // 1_000_000), *_check(loaded, catalog)]
+    except ConfigError as error:
+        if not as_json:
+            raise
+        emit(
+            {
+                "ok": False,
+                "config": str(path),
+                "error": error.message,
+                "mistakes": error.mistakes,
+                "hint": error.hint,
+            }
+        )
+        raise typer.Exit(error.exit_code) from None
+    if as_json:
+        emit({"ok": True, "config": str(path), **_summary(loaded, catalog), "warnings": warnings})
+        return
+    facts(_described(loaded, catalog))
+    for warning in warnings:
+        print(f"warning: {safe(warning)}")
+    print(f"{path} can be used" + (f"; {len(warnings)} warnings" if len(warnings) > 1 else ""))
+
+
+def _check(config: Config, catalog: Path | None) -> list[str]:
+    """What cannot be seen in the file alone. Returns warnings.
+
+    Raises:
+        ConfigError: an event would not be a CloudEvent, or would not be what the catalog declares.
+    """
+    from proxy_usage.catalog import WARNING, check_config, check_rules, load_catalog
+    from proxy_usage.samples import check_samples
+    from proxy_usage.service.build import build_mint
+
+    defaults = [dimension.default for dimension in config.dimensions.values()]
+    if config.outputs:
+        check_samples(build_mint(config), defaults)
+    if catalog is None:
+        return []
+    declared = load_catalog(catalog)
+    findings = check_config(declared, config.meter_list(), tuple(config.dimensions))
+    wrong = tuple(finding for finding in findings if not finding.startswith(WARNING))
+    if wrong:
+        raise ConfigError(
+            f"catalog {catalog}: events of this configuration would not be billed as meant",
+            hint="make meters and dimensions those that the catalog declares, or declare them there",
+            mistakes=wrong,
+        )
+    return [
+        *(finding.removeprefix(WARNING) for finding in findings),
+        *(f"catalog: {finding}" for finding in check_rules(declared)),
+    ]
+
+
+def _warnings(config: Config, now_ms: int) -> Iterator[str]:
+    """What is allowed and may not be meant."""
+    from proxy_usage.config.fields import is_loopback
+    from proxy_usage.config.units import format_size
+
+    if sys.platform != "linux":
+        unbounded = format_size(config.listen.limits.unbounded())
+        yield f"only Linux says what has arrived: here senders can make the sink hold {unbounded}"
+    sending = [output for output in config.outputs if output.format != "none"]
+    if not sending:
+        yield "no output sends anything: the ledger alone is kept"
+    for output in config.outputs:
+        name = f"outputs {output.name!r}"
+        if output.source != config.outputs[0].source:
+            yield f"{name}: source is not used, an event has one: that of {config.outputs[0].name!r}"
+        if output.until is not None and output.until <= now_ms:
+            yield f"{name}: until has passed, nothing more will be sent"
+        url = urlsplit(output.url or "")
+        host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+        if url.scheme == "http" and not is_loopback(f"{host}:80"):
+            what = "the token and all usage travel" if output.token_file else "all usage travels"
+            yield f"{name}: {what} in plain text to {url.hostname}"
+
+
+def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
+    limits = config.listen.limits
+    return {
+        "listen": {"grpc": config.listen.grpc, "streams": config.listen.streams, "http": config.listen.http},
+        "rules": [str(rule.field) for rule in config.tenant.rules],
+        "dimensions": {name: str(dimension.field) for name, dimension in config.dimensions.items()},
+        "meters": [{"name": m.name, "type": m.type, "unit": m.unit} for m in config.meter_list()],
+        "skip": [rule.reason for rule in config.skip],
+        "outputs": [
+            {"name": output.name, "format": output.format, "url": output.url} for output in config.outputs
+        ],
+        "store": str(config.store.path),
+        "memory": {
+            "limit": limits.memory,
+            "needed": limits.needed(),
+            "worst_case": config.worst_case_memory(),
+            "unbounded": limits.unbounded(),
+        },
+        "catalog": None if catalog is None else str(catalog),
+    }
+
+
+def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell]]:
+    from proxy_usage.config.units import format_size
+
+    listen, limits = config.listen, config.listen.limits
+    streams = f", long streams {listen.streams}" if listen.streams else ""
+    yield "listen", f"gRPC {listen.grpc}{streams}, HTTP {listen.http}"
+    yield "tenants", ", then ".join(str(rule.field) for rule in config.tenant.rules)
+    for name, dimension in config.dimensions.items():
+        yield "dimension", f"{name} from {dimension.field}"
+    for meter in config.meter_list():
+        yield "meter", f"{meter.name} as {meter.type} in {meter.unit}"
+    for output in config.outputs:
+        yield "output", f"{output.name} ({output.format}) {output.url or ''}".strip()
+    yield "store", str(config.store.path)
+    message, window = format_size(limits.message), format_size(limits.window)
+    worst = format_size(config.worst_case_memory())
+    held = f"limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
+    yield "memory", f"messages take at most {worst}: {held}"
+    needed, new = format_size(limits.needed()), limits.new_streams
+    product = f"({new} new streams + 1) × {message} + {limits.connections} connections × {window}"
+    yield "", f"senders may need {needed} of it at once: {product}"
+    yield "samples", f"{len(config.meters)} events read by the CloudEvents SDK"
+    if catalog is not None:
+        yield "catalog", f"{catalog}: every meter, unit and dimension is declared"

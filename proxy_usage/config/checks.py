@@ -1,0 +1,325 @@
+"""Mistakes that only show when keys are seen together, each found without touching anything.
+
+Every check takes the configuration and yields what is wrong; ``check`` runs them all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from proxy_usage.config.fields import is_loopback, split_address
+from proxy_usage.config.mistakes import Finding, Loc
+from proxy_usage.config.models import METER_TYPES, Config
+from proxy_usage.config.sources import RuleConfig
+from proxy_usage.config.units import format_duration, format_size
+from proxy_usage.model import FieldKind
+
+_HOUR = 3_600_000
+_LATEST = 30 * 24 * _HOUR
+_INT32 = (1 << 31) - 1
+_FRAME = (1 << 14, (1 << 24) - 1)
+"""Least and greatest SETTINGS_MAX_FRAME_SIZE: RFC 9113, 6.5.2."""
+MAX_DIMENSIONS = 32
+"""A metric of the service catalog declares no more."""
+_DIMENSION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}", re.ASCII)
+
+
+def check(config: Config) -> Iterator[Finding]:
+    """Every mistake there is between the keys of ``config``, whose single values are right."""
+    for one in (
+        _addresses,
+        _plaintext,
+        _tls,
+        _limits,
+        _envoy,
+        _rules,
+        _dimensions,
+        _meters,
+        _windows,
+        _streams,
+        _store,
+        _outputs,
+        _workers,
+    ):
+        yield from one(config)
+
+
+def _addresses(config: Config) -> Iterator[Finding]:
+    listen = config.listen
+    seen: dict[tuple[str, int], str] = {}
+    for name in ("grpc", "streams", "http"):
+        address = getattr(listen, name)
+        if address is None or split_address(address)[1] == 0:
+            continue
+        other = seen.setdefault(split_address(address), name)
+        if other != name:
+            yield Finding(
+                ("listen", name),
+                f"{address} is listen.{other} already",
+                "give each listener its own port",
+                concerns=(("listen", other),),
+            )
+
+
+def _plaintext(config: Config) -> Iterator[Finding]:
+    listen = config.listen
+    if listen.insecure:
+        return
+    for name in ("grpc", "streams", "http"):
+        address = getattr(listen, name)
+        if address is None or is_loopback(address) or (name != "http" and listen.tls is not None):
+            continue
+        way = "set" if name == "http" else "set listen.tls, or"
+        yield Finding(
+            ("listen", name),
+            f"{address} is plaintext that other machines can reach",
+            f"{way} listen.insecure: true if the network is trusted, or listen on 127.0.0.1",
+            concerns=(("listen", "insecure"), ("listen", "tls")),
+        )
+
+
+def _tls(config: Config) -> Iterator[Finding]:
+    tls = config.listen.tls
+    if tls is None:
+        return
+    place = ("listen", "tls")
+    for name, other in (("cert_file", "key_file"), ("key_file", "cert_file")):
+        if getattr(tls, name) is None:
+            yield Finding(
+                (*place, name),
+                "is missing",
+                f"TLS needs both: give {name} beside {other}"
+                if getattr(tls, other)
+                else f"give {name} and {other}",
+            )
+    for name, value in (("allow_san", tls.allow_san), ("node_from_san", tls.node_from_san)):
+        if value and tls.client_ca_file is None:
+            yield Finding(
+                (*place, name),
+                "reads client certificates, but none are asked for",
+                "give client_ca_file too",
+                concerns=((*place, "client_ca_file"),),
+            )
+
+
+def _limits(config: Config) -> Iterator[Finding]:
+    limits = config.listen.limits
+    place = ("listen", "limits")
+    message, window = format_size(limits.message), format_size(limits.window)
+    sound = limits.message <= _INT32 and _FRAME[0] <= limits.window <= _FRAME[1]
+    if limits.message > _INT32:
+        yield Finding((*place, "message"), "is more than gRPC can take", "use at most 2047MiB")
+    if not _FRAME[0] <= limits.window <= _FRAME[1]:
+        yield Finding(
+            (*place, "window"),
+            f"{window} is not between 16KiB and 16777215 bytes, as HTTP/2 demands",
+            "use 1MiB",
+        )
+    if sound and limits.needed() > limits.memory:
+        yield Finding(
+            (*place, "memory"),
+            f"{format_size(limits.memory)} is less than the {format_size(limits.needed())} that senders may"
+            f" need at once: ({limits.new_streams} new_streams + 1) × {message} message"
+            f" + {limits.connections} connections × {window} window",
+            "raise memory, or lower one of the four",
+            concerns=tuple((*place, name) for name in ("new_streams", "message", "connections", "window")),
+        )
+    if limits.headers > 1 << 20:
+        yield Finding((*place, "headers"), "is more than any sender needs", "use 16KiB; at most 1MiB")
+
+
+def _envoy(config: Config) -> Iterator[Finding]:
+    if config.listen.streams is not None and config.envoy.flush_interval is None:
+        yield Finding(
+            ("listen", "streams"),
+            "is for rows of long streams, but envoy.flush_interval is off",
+            "set envoy.flush_interval to Envoy's access_log_flush_interval, or remove listen.streams",
+            concerns=(("envoy", "flush_interval"),),
+        )
+
+
+def _rules(config: Config) -> Iterator[Finding]:
+    rules = config.tenant.rules
+    if not rules:
+        yield Finding(("tenant", "rules"), "is empty: nobody would be billed", "add a rule, e.g. custom_tag")
+    for index, rule in enumerate(rules):
+        for before, earlier in enumerate(rules[:index]):
+            what = _hides(earlier, rule)
+            if what:
+                yield Finding(
+                    ("tenant", "rules", index),
+                    f"is never reached: {what}",
+                    "remove one of the two, or put this one first",
+                    concerns=(("tenant", "rules", before),),
+                )
+                break
+
+
+def _hides(earlier: RuleConfig, rule: RuleConfig) -> str:
+    """Why ``rule`` can never match behind ``earlier``; empty when it can."""
+    if earlier.field.kind is FieldKind.LITERAL:
+        return "the literal of {other} always matches"
+    if earlier.field != rule.field:
+        return ""
+    if _pattern(earlier) == _pattern(rule) and earlier.mapping == rule.mapping:
+        return "it repeats {other}"
+    if earlier.regex is None and earlier.mapping is None:
+        return "{other} takes every value of the same source"
+    return ""
+
+
+def _pattern(rule: RuleConfig) -> str | None:
+    return rule.regex.pattern if rule.regex else None
+
+
+def _dimensions(config: Config) -> Iterator[Finding]:
+    for name in config.dimensions:
+        if not _DIMENSION.fullmatch(name):
+            yield Finding(
+                ("dimensions", name),
+                f"{name!r} cannot name a dimension",
+                "use letters, digits and '_', at most 63, e.g. gateway_class",
+            )
+    if len(config.dimensions) > MAX_DIMENSIONS:
+        yield Finding(
+            ("dimensions",),
+            f"has {len(config.dimensions)} dimensions",
+            f"the service catalog allows {MAX_DIMENSIONS}",
+        )
+
+
+def _meters(config: Config) -> Iterator[Finding]:
+    if not config.meters:
+        yield Finding(
+            ("meters",), "is empty: nothing would be metered", f"meters are {', '.join(METER_TYPES)}"
+        )
+    types: dict[str, str] = {}
+    for name, meter in config.meters.items():
+        place = ("meters", name)
+        other = types.setdefault(meter.type, name)
+        if other != name:
+            yield Finding(
+                (*place, "type"),
+                f"meters.{other} has this type already: the two would be added up",
+                "give each meter its own type",
+                concerns=(("meters", other, "type"),),
+            )
+        for key in foreign_keys(name):
+            if key in meter.model_fields_set:
+                yield Finding((*place, key), f"says nothing about {name}", "remove it")
+        if not _unit_fits(name, meter.unit):
+            yield Finding(
+                (*place, "unit"),
+                f"{meter.unit!r} is not what {name} is counted in",
+                "By for bytes, s for seconds, {request} or 1 for requests; the endpoint does not convert",
+            )
+
+
+def foreign_keys(meter: str) -> tuple[str, ...]:
+    """The keys of a meter that say nothing about ``meter``."""
+    if meter == "connection_seconds":
+        return ("bytes",)
+    return ("count",) if meter.endswith("_bytes") else ("bytes", "count")
+
+
+def _unit_fits(name: str, unit: str) -> bool:
+    if name == "requests":
+        return unit == "1" or (unit.startswith("{") and unit.endswith("}"))
+    return unit == ("s" if name == "connection_seconds" else "By")
+
+
+def _windows(config: Config) -> Iterator[Finding]:
+    windows = config.windows
+    length: Loc = ("windows", "length")
+    if _HOUR % windows.length or windows.length % 1_000:
+        yield Finding(
+            length,
+            f"{format_duration(windows.length)} does not divide an hour into whole seconds",
+            "use 10s, 15s, 30s, 1m, 5m, 15m, 1h or the like",
+        )
+    if windows.checkpoint > windows.length:
+        yield Finding(
+            ("windows", "checkpoint"),
+            f"{format_duration(windows.checkpoint)} is longer than a window",
+            f"use at most {format_duration(windows.length)}; 250ms is the default",
+            concerns=(length,),
+        )
+    if windows.late_horizon >= _LATEST:
+        yield Finding(
+            ("windows", "late_horizon"),
+            f"{format_duration(windows.late_horizon)} is too long: the endpoint takes nothing 30 days old",
+            "use at most 29d",
+        )
+
+
+def _streams(config: Config) -> Iterator[Finding]:
+    interval, streams = config.envoy.flush_interval, config.streams
+    if interval is not None and streams.remember < interval * streams.expire:
+        yield Finding(
+            ("streams", "remember"),
+            f"{format_duration(streams.remember)} is shorter than the silence after which a stream expires",
+            f"use at least {format_duration(interval * streams.expire)}; 30d is the default",
+            concerns=(("envoy", "flush_interval"), ("streams", "expire")),
+        )
+
+
+def _store(config: Config) -> Iterator[Finding]:
+    yield from store_findings(config.store.path)
+    if config.store.ledger_max_bytes > config.store.max_bytes:
+        yield Finding(
+            ("store", "ledger_max_bytes"),
+            "is more than the whole store may have",
+            "use less than store.max_bytes",
+            concerns=(("store", "max_bytes"),),
+        )
+
+
+def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.access) -> Iterator[Finding]:
+    """What keeps a store from being opened at ``path``, without trying: directories and permissions."""
+    place: Loc = ("store", "path")
+    directory = path.parent
+    if path.is_dir():
+        yield Finding(place, f"{path} is a directory", "name a file, e.g. usage.db in it")
+    elif not directory.exists() and not directory.parent.is_dir():
+        yield Finding(place, f"directory {directory} does not exist", f"create it: mkdir -p {directory}")
+    elif directory.exists() and not directory.is_dir():
+        yield Finding(place, f"{directory} is not a directory", "name a file in a directory")
+    else:
+        writable = directory if directory.exists() else directory.parent
+        if not access(writable, os.W_OK | os.X_OK):
+            yield Finding(
+                place,
+                f"directory {writable} cannot be written by this user",
+                "grant write permission (chown, fsGroup), or name another directory",
+            )
+
+
+def _outputs(config: Config) -> Iterator[Finding]:
+    if not config.outputs:
+        yield Finding(
+            ("outputs",),
+            "has no output, so nothing would be delivered",
+            "add {name: billing, url: …}, or {name: shadow, format: none} to keep the ledger alone",
+        )
+    seen: dict[str, int] = {}
+    for index, output in enumerate(config.outputs):
+        first = seen.setdefault(output.name, index)
+        if first != index:
+            yield Finding(
+                ("outputs", index, "name"),
+                f"{output.name!r} is the name of {{other}} already",
+                "give each output its own name: the store tells them apart by it",
+                concerns=(("outputs", first),),
+            )
+
+
+def _workers(config: Config) -> Iterator[Finding]:
+    if config.workers > 1:
+        yield Finding(
+            ("workers",),
+            f"{config.workers} workers are not supported by this version",
+            "write 1; run more instances with stores of their own to share the load",
+        )

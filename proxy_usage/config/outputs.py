@@ -1,0 +1,110 @@
+"""Where events are sent."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from proxy_usage.config.fields import (
+    Count,
+    Duration,
+    FilePath,
+    Flag,
+    HttpUrl,
+    Instant,
+    Name,
+    PositiveDuration,
+    Section,
+    Whole,
+)
+from proxy_usage.config.mistakes import Wrong
+
+MAX_BATCH = 100
+"""The endpoint refuses longer batches whole."""
+PLANNED_FORMATS = ("ceilometer", "cloudevents", "file", "nats")
+
+
+def _format(value: Any) -> Any:
+    if value in PLANNED_FORMATS:
+        raise Wrong(
+            f"format {value!r} is not supported by this version", "use billing, or none for the ledger alone"
+        )
+    return value
+
+
+def _source(value: str) -> str:
+    remedy = "write an absolute URI or //host/path, and keep it for ever: receivers tell duplicates by it"
+    try:
+        url = urlsplit(value)
+    except ValueError:
+        raise Wrong(f"{value!r} is not a URI", remedy) from None
+    if re.search(r"[\s\x00-\x1f]", value) or not (url.netloc or (url.scheme and url.path)):
+        raise Wrong(f"{value!r} has neither scheme nor host", remedy)
+    return value
+
+
+class BatchConfig(Section):
+    """How many events go into one request."""
+
+    events: Whole = Field(default=MAX_BATCH, ge=1, le=MAX_BATCH)
+    linger: Duration = 1_000
+    """How long a batch that is not full waits for more."""
+
+
+class RetryConfig(Section):
+    """Full-jitter exponential backoff: each pause is random between 0 and a limit that doubles."""
+
+    initial: PositiveDuration = 500
+    max: PositiveDuration = 60_000
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.initial > self.max:
+            raise Wrong("is longer than max", "raise max or lower initial", at=("initial",))
+        return self
+
+
+class OutputConfig(Section):
+    """One receiver of events, with its own pending state."""
+
+    name: Name
+    """Names the output in the store: renaming it makes another output of it."""
+    format: Annotated[Literal["billing", "none"], BeforeValidator(_format)] = "billing"
+    """``billing``: JSON batches for the billing endpoint. ``none``: nothing is sent, the ledger is kept."""
+    url: HttpUrl | None = None
+    source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
+    """The CloudEvents ``source`` of all events."""
+    token_file: FilePath | None = None
+    """Bearer token, re-read when it changes."""
+    ca_file: FilePath | None = None
+    """Authorities to trust in place of the system's."""
+    batch: BatchConfig = BatchConfig()
+    timeout: PositiveDuration = 60_000
+    """Of one request. The endpoint itself may take 500 ms per event."""
+    concurrency: Count = 2
+    """Requests in flight."""
+    retry: RetryConfig = RetryConfig()
+    dedup_window: Duration = 600_000
+    """How long the endpoint recognises an event it has already stored."""
+    gzip: Flag = False
+    from_: Instant | None = Field(default=None, alias="from")
+    """Only windows that begin at or after this time are sent (milliseconds since the epoch)."""
+    until: Instant | None = None
+    """Only windows that begin before this time are sent."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.format != "none" and self.url is None:
+            raise Wrong(f"format {self.format} needs a url", "give url, or format: none to send nothing")
+        if self.ca_file is not None and self.url is not None and self.url.startswith("http:"):
+            raise Wrong(
+                "ca_file has no use with http", "write https in url, or remove ca_file", at=("ca_file",)
+            )
+        if self.from_ is not None and self.until is not None and self.until <= self.from_:
+            raise Wrong(
+                "until is not after from, so nothing would be sent", "set a later until", at=("until",)
+            )
+        return self

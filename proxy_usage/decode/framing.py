@@ -1,0 +1,236 @@
+"""A message taken apart into its rows, which stay closed, and the identifier of its sender.
+
+After an outage Envoy sends its backlog as one message of many megabytes; protobuf would hold the event loop
+for all of it. So a message above ``WHOLE_BYTES`` is walked here, tag by tag, and handed out in slices.
+
+Both ways give the same rows for the same bytes: what protobuf accepts, the walk reads alike; what protobuf
+refuses, the walk reads in both cases, up to the damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError as ProtobufError
+
+from proxy_usage.als.v1 import als_pb2 as als
+from proxy_usage.decode.values import at_path
+from proxy_usage.errors import DecodeError
+from proxy_usage.model import Origin
+
+WHOLE_BYTES = 256 * 1024
+"""Up to this size a message is opened in one go."""
+SLICE_BYTES = 64 * 1024
+"""How much of a larger message is opened at a time."""
+_SLICE_ROWS = 1_000
+"""Rows in a slice at most: rows of two bytes must not make one slice of thirty thousand."""
+_FIELDS_BEFORE_IDENTIFIER = 1_000
+"""Envoy writes it first; no more of a message's fields than this are searched for it."""
+
+_ELSE, _IDENTIFIER, _HTTP_LOGS, _TCP_LOGS = range(4)  # _ELSE apart, the field numbers in Message
+_LOG_ENTRY = 1  # field number in Rows
+_VARINT, _FIXED64, _BYTES, _GROUP, _GROUP_END, _FIXED32 = range(6)
+
+
+class Split(NamedTuple):
+    """Rows of one message, or of a slice of it, still closed."""
+
+    entries: list[bytes]
+    """The HTTP rows, then the TCP rows. (Envoy's messages hold only one kind.)"""
+    http: int
+    """How many of ``entries``, from the first on, are HTTP rows."""
+    damaged: str | None = None
+    """What ended the walk before the end of the message, and at which byte; rows behind it are lost."""
+
+
+def parts(raw: bytes) -> Iterator[Split]:
+    """The message in pieces that each may be folded without a pause. Never raises."""
+    if len(raw) <= WHOLE_BYTES:
+        yield split(raw)
+    else:
+        yield from slices(raw)
+
+
+def split(raw: bytes) -> Split:
+    """The whole message in one piece. Never raises."""
+    try:
+        message = als.Message.FromString(raw)
+    except ProtobufError:
+        pieces = list(slices(raw, len(raw) + 1))
+        http = [entry for piece in pieces for entry in piece.entries[: piece.http]]
+        tcp = [entry for piece in pieces for entry in piece.entries[piece.http :]]
+        return Split(http + tcp, len(http), pieces[-1].damaged if pieces else None)
+    http = list(message.http_logs.log_entry)
+    return Split([*http, *message.tcp_logs.log_entry], len(http))
+
+
+def slices(raw: bytes, size: int = SLICE_BYTES) -> Iterator[Split]:
+    """The message in pieces of about ``size`` bytes, none copied before it is asked for. Never raises.
+
+    A piece may be empty: a stretch of the message that holds no rows.
+    """
+    http: list[bytes] = []
+    tcp: list[bytes] = []
+    begun = 0
+    damaged = None
+    try:
+        for field, start, stop in _walk(raw):
+            if field == _HTTP_LOGS:
+                http.append(raw[start:stop])
+            elif field == _TCP_LOGS:
+                tcp.append(raw[start:stop])
+            if stop - begun >= size or len(http) + len(tcp) >= _SLICE_ROWS:
+                yield Split(http + tcp, len(http))
+                http, tcp, begun = [], [], stop
+    except DecodeError as error:
+        damaged = error.message
+    if http or tcp or damaged:
+        yield Split(http + tcp, len(http), damaged)
+
+
+def read_identifier(raw: bytes, peer: str, node_paths: Sequence[tuple[str, ...]]) -> Origin | None:
+    """Who sends the stream that this message belongs to; None if the message does not say.
+
+    Envoy says it in a stream's first message only. ``peer`` is the authenticated name of the connection,
+    ``node_paths`` is ``FoldPlan.node_paths``. Values of ``node.metadata`` become text: numbers without
+    ``.0``, ``true`` and ``false``, objects and lists as compact JSON with sorted keys; absent ones ``""``.
+    Bytes that are not UTF-8 appear escaped, as ``\\xff``.
+
+    Raises ``DecodeError`` if there is an identifier and it cannot be read.
+    """
+    found = []
+    try:
+        for field, start, stop in islice(_walk(raw, rows=False), _FIELDS_BEFORE_IDENTIFIER):
+            if field == _IDENTIFIER:
+                found.append(raw[start:stop])
+    except DecodeError:
+        if not found:
+            return None  # the rows' walk reports the damage
+    if not found:
+        return None
+    try:
+        # Protobuf merges a message field that comes twice; joined bytes mean just that.
+        identifier = als.Identifier.FromString(b"".join(found))
+        node = identifier.node
+        values = tuple(_text(_node_value(node, path)) for path in node_paths)
+    except ProtobufError as error:
+        raise DecodeError(
+            f"the identifier of a log stream from {peer or 'an unnamed peer'} is malformed "
+            f"({sum(map(len, found))} bytes): {error}",
+            hint="check what connects to listen.grpc: it does not speak Envoy's access log service v3",
+        ) from error
+    return Origin(peer, _text(node.id), _text(identifier.log_name), values)
+
+
+def _node_value(node: als.Node, path: tuple[str, ...]) -> bytes:
+    match path:
+        case ("id",):
+            value = node.id
+        case ("cluster",):
+            value = node.cluster
+        case ("locality", "region"):
+            value = node.locality.region
+        case ("locality", "zone"):
+            value = node.locality.zone
+        case ("locality", "sub_zone"):
+            value = node.locality.sub_zone
+        case ("metadata", *keys):
+            return at_path(node.metadata, [key.encode() for key in keys])
+        case _:
+            value = b""
+    return bytes(value)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _walk(raw: bytes, *, rows: bool = True) -> Iterator[tuple[int, int, int]]:
+    """``(field, start, stop)`` of everything in a message, in its order; field ``_ELSE`` is not for us.
+
+    With ``rows`` the walk goes into http_logs and tcp_logs and gives each row under the number of these;
+    without, it steps over them. One step reads one tag: whoever walks may pause after each.
+
+    Raises ``DecodeError``, naming the byte, where it cannot go on.
+    """
+    pos = 0
+    inside, stop = _ELSE, len(raw)  # in which list of rows; where it, or the message, ends
+    overrun = ""  # set while in a list that claims to go on behind the end of the message
+    groups: list[int] = []  # the open groups: an old encoding, stepped over with all that is in it
+    while True:
+        if pos == stop:
+            if groups or overrun:
+                raise DecodeError(overrun or f"a group is still open at byte {pos}")
+            if not inside:
+                return
+            inside, stop = _ELSE, len(raw)
+            continue
+        begun = pos
+        field, wire_type, start, pos = _field(raw, pos, stop)
+        if not field and not groups:  # inside them protobuf does not look
+            raise DecodeError(f"field number 0 at byte {begun}")
+        if wire_type == _GROUP:
+            groups.append(field)
+        elif wire_type == _GROUP_END and (not groups or groups.pop() != field):
+            raise DecodeError(f"a group that did not begin ends at byte {begun}")
+        ours = wire_type == _BYTES and not groups
+        beyond = f"a field of {pos - start} bytes at byte {begun} runs past the end" if pos > stop else ""
+        if ours and rows and not inside and field in (_HTTP_LOGS, _TCP_LOGS):
+            inside, stop, overrun = field, min(pos, stop), beyond
+            pos = start
+            yield _ELSE, start, start
+            continue
+        if beyond:
+            raise DecodeError(beyond)
+        if ours and inside:
+            yield (inside if field == _LOG_ENTRY else _ELSE), start, pos
+        else:
+            yield (field if ours and field <= _TCP_LOGS else _ELSE), start, pos
+
+
+def _field(raw: bytes, pos: int, stop: int) -> tuple[int, int, int, int]:
+    """Number, wire type, start and end of the field at ``pos``; the end may lie behind ``stop``."""
+    tag, start = _varint(raw, pos, stop)
+    field, wire_type = tag >> 3, tag & 7
+    if wire_type == _BYTES:
+        size, start = _varint(raw, start, stop)
+        after = start + size
+    elif wire_type == _VARINT:
+        after = _varint(raw, start, stop)[1]
+    elif wire_type in (_GROUP, _GROUP_END):
+        after = start
+    elif wire_type in (_FIXED32, _FIXED64):
+        after = start + (4 if wire_type == _FIXED32 else 8)
+    else:
+        raise DecodeError(f"wire type {wire_type} at byte {pos} does not exist")
+    return field, wire_type, start, after
+
+
+def _varint(raw: bytes, pos: int, stop: int) -> tuple[int, int]:
+    value = shift = 0
+    for at in range(pos, min(stop, pos + 10)):
+        byte = raw[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+        shift += 7
+    raise DecodeError(f"a number at byte {pos} does not end")
+
+
+def write_identifier(origin: Origin, node_paths: Sequence[tuple[str, ...]]) -> bytes:
+    """A message that says no more than who sends: what ``read_identifier`` reads, but for node metadata.
+
+    For recordings that begin in the middle of a stream; put before a message, it is part of it.
+    """
+    node = als.Node(id=origin.node_id.encode())
+    for path, value in zip(node_paths, origin.node, strict=False):
+        match path:
+            case ("cluster",):
+                node.cluster = value.encode()
+            case ("locality", field):
+                setattr(node.locality, field, value.encode())
+    identifier = als.Identifier(node=node, log_name=origin.log_name.encode())
+    written: bytes = als.Message(identifier=identifier.SerializeToString()).SerializeToString()
+    return written

@@ -1,0 +1,252 @@
+"""The loop that empties the queue of one output: lease, send, decide, settle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from proxy_usage.delivery.policy import REFUSING_EVERYTHING, Policy, Step
+from proxy_usage.delivery.transport import TokenFile, Transport
+from proxy_usage.errors import StoreError
+from proxy_usage.metrics import Metrics
+from proxy_usage.outputs.base import Answer, Output
+from proxy_usage.store import Batch, Idle, Queue
+from proxy_usage.store.letters import TOO_LATE
+from proxy_usage.store.thread import StoreThread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+STORE_RETRY_S = 1.0
+IDLE_S = 5.0
+"""The loop looks at the queue at least so often: that beat is its heartbeat, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class CourierSettings:
+    """How an output is fed. Times in milliseconds."""
+
+    name: str
+    output: int
+    batch_events: int = 100
+    linger_ms: int = 1_000
+    concurrency: int = 2
+    late_horizon_ms: int | None = None
+    """Events of windows older than this become dead letters instead of being sent."""
+
+
+class Courier:
+    """Delivers for one output until told to stop.
+
+    Args:
+        clock_ms: the wall clock, in milliseconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        settings: CourierSettings,
+        queue: Queue,
+        thread: StoreThread,
+        output: Output,
+        transport: Transport,
+        policy: Policy,
+        metrics: Metrics,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.beat_ms = clock_ms()
+        """When the loop was last alive."""
+        self._queue = queue
+        self._thread = thread
+        self._output = output
+        self._transport = transport
+        self._metrics = metrics
+        self._clock_ms = clock_ms
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._failure: BaseException | None = None
+        self._noted_pause: str | None = ""  # nothing noted yet: a former process may have left a pause
+        self._reported: tuple[str, int] = ("", 0)
+        self._probing = False
+
+    def notify(self) -> None:
+        """New events are in the queue."""
+        self._wake.set()
+
+    def trust(self, token: TokenFile | None, roots: ssl.SSLContext) -> None:
+        """Sends with another token and to whom other roots vouch for, from the next request on."""
+        self._transport.trust(token, roots)
+        self.notify()
+
+    async def run(self) -> None:
+        """Delivers until ``stop``. Raises only what nobody foresaw: the process must not live on with it."""
+        async with self._transport:
+            try:
+                while not self._stopping:
+                    self.beat_ms = self._clock_ms()
+                    await self._turn()
+            finally:
+                for task in self._under_way.values():
+                    task.cancel()
+                await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
+
+    async def stop(self, timeout_s: float) -> None:
+        """Leases nothing more and waits so long for what is under way; the rest stays durable."""
+        self._stopping = True
+        self._wake.set()
+        if self._under_way:
+            await asyncio.wait(self._under_way.values(), timeout=timeout_s)
+
+    async def _turn(self) -> None:
+        """Starts one batch if there is room for it, else waits for a reason to look again."""
+        # Cleared before anything is looked at, also where there is no room: what happens from here on wakes
+        # the wait below, and a wait that never waits would hold the event loop.
+        self._wake.clear()
+        room = 1 if self.policy.failures else self.settings.concurrency
+        leased: Batch | Idle = Idle(None)
+        if len(self._under_way) < room:
+            try:
+                leased = await self._lease()
+            except StoreError as error:
+                if not error.retriable:
+                    raise
+                log.warning("queue unavailable", output=self.settings.name, error=error.message)
+                await asyncio.sleep(STORE_RETRY_S)
+                return
+        if isinstance(leased, Batch):
+            task = asyncio.create_task(self._attempt(leased), name=f"batch {leased.id}")
+            self._under_way[leased.id] = task
+            task.add_done_callback(partial(self._finished, leased.id))
+            return
+        wait_s = IDLE_S
+        if leased.until_ms is not None:
+            wait_s = min(IDLE_S, max(0, leased.until_ms - self._clock_ms()) / 1_000)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), wait_s)
+
+    def _finished(self, batch: int, task: asyncio.Task[None]) -> None:
+        del self._under_way[batch]
+        self._wake.set()
+        if not task.cancelled() and task.exception() is not None:
+            self._stopping = True
+            self._failure = task.exception()
+
+    async def _lease(self) -> Batch | Idle:
+        now_ms = self._clock_ms()
+        if (wait_ms := self.policy.wait_ms(now_ms)) > 0:
+            return Idle(now_ms + wait_ms)
+        if self.policy.paused == REFUSING_EVERYTHING:
+            # Only an event the endpoint accepts can tell poisoned events from a refusing endpoint, and those
+            # that were refused may all be poisoned: every other attempt is of an event never tried before.
+            self._probing = not self._probing
+            if self._probing:
+                leased = await self._ask(again=False, fresh=True, events=1)
+                if isinstance(leased, Batch):
+                    return leased
+        return await self._ask(again=True, fresh=not self.policy.failures, events=self.settings.batch_events)
+
+    async def _ask(self, *, again: bool, fresh: bool, events: int) -> Batch | Idle:
+        now_ms, horizon_ms = self._clock_ms(), self.settings.late_horizon_ms
+        leased = await self._thread.run(
+            self._queue.lease,
+            self.settings.output,
+            now_ms,
+            events=events,
+            max_bytes=self.policy.max_bytes,
+            linger_ms=self.settings.linger_ms,
+            again=again,
+            fresh=fresh,
+            busy=frozenset(self._under_way),
+            apart=self.policy.apart,
+            late_ms=None if horizon_ms is None else now_ms - horizon_ms,
+        )
+        if leased.too_late:
+            for _ in range(leased.too_late):
+                self._metrics.delivered(self.settings.name, "dead", TOO_LATE)
+            log.error("too late to be sent", output=self.settings.name, events=leased.too_late)
+        return leased
+
+    async def _attempt(self, batch: Batch) -> None:
+        """Sends one batch and makes its consequences durable."""
+        answer = await self._transport.post(self._output.encode(batch.events))
+        verdict = self._output.read(answer, batch.events) if isinstance(answer, Answer) else answer
+        step = self.policy.decide(batch, verdict, self._clock_ms())
+        if step.wait_ms is not None:
+            not_before_ms = self._clock_ms() + step.wait_ms
+            await self._persist(
+                self._queue.postpone,
+                batch.id,
+                not_before_ms,
+                step.answer,
+                unanswered=step.unanswered,
+                clean=step.refused and not batch.resent,
+            )
+        else:
+            parts = await self._persist(self._settle, batch, step)
+            self.policy.inherit(batch, parts)
+        if self.policy.paused != self._noted_pause:
+            self._noted_pause = self.policy.paused
+            await self._persist(
+                self._queue.pause,
+                self.settings.output,
+                self.policy.paused,
+                self.policy.detail,
+                self._clock_ms(),
+            )
+        self._report(batch, step)
+
+    def _settle(self, batch: Batch, step: Step) -> Sequence[int]:
+        return self._queue.settle(
+            batch,
+            step.fates,
+            self._clock_ms(),
+            rest=step.rest,
+            confirm=step.confirm,
+            clean=step.refused and not batch.resent,
+        )
+
+    async def _persist(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Repeats a store call while the disk is in trouble: an answer that was read must not be lost."""
+        while True:
+            try:
+                return await self._thread.run(call, *args, **kwargs)
+            except StoreError as error:
+                if not error.retriable:
+                    raise
+                log.warning("answer waits for the disk", output=self.settings.name, error=error.message)
+                await asyncio.sleep(STORE_RETRY_S)
+
+    def _report(self, batch: Batch, step: Step) -> None:
+        name = self.settings.name
+        self._metrics.batches.labels(output=name, outcome=step.outcome).inc()
+        if step.unanswered:
+            self._metrics.unanswered.labels(output=name).inc()
+        for fate in step.fates.values():
+            self._metrics.delivered(name, fate.name, fate.reason)
+        # The same failure again and again is one line a minute, not one line an attempt.
+        now_ms = self._clock_ms()
+        if step.wait_ms is not None and self._reported[0] == step.outcome and now_ms < self._reported[1]:
+            return
+        self._reported = (step.outcome, now_ms + 60_000)
+        log.info(
+            "batch",
+            output=name,
+            outcome=step.outcome,
+            events=len(batch.events),
+            attempt=batch.attempts + 1,
+            wait_ms=step.wait_ms,
+            answer=step.answer[:200],
+        )

@@ -1,0 +1,299 @@
+"""All of it on one machine: traffic, Envoy, the sink, a billing endpoint, and whether the bill is right.
+
+Parts start against the flow (endpoint first) and stop with it: traffic ends, Envoy is drained, what is on
+its way arrives, the sink stops, and then the sums are compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from proxy_usage.demo.billing import BillingStandIn
+from proxy_usage.demo.bootstrap import EnvoyOptions, bootstrap
+from proxy_usage.demo.compare import AccessLog, differences, lines, plain, table
+from proxy_usage.demo.envoy import EnvoyProcess, envoy_command
+from proxy_usage.demo.faults import Fault, Faults
+from proxy_usage.demo.listener import lease_port
+from proxy_usage.demo.sink import SinkProcess
+from proxy_usage.demo.traffic import mixed
+from proxy_usage.demo.truth import Tenant, Truth, tenants
+from proxy_usage.demo.upstream import Upstream
+from proxy_usage.errors import ProxyUsageError, UsageError
+
+QUIET_S = 20
+"""How long nothing may arrive, after the last row was flushed, until the wait for it ends."""
+PAUSE_S = 1
+"""Between waves."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoryOptions:
+    """What the demo does. ``duration_ms`` None: until Ctrl-C. ``once``: one wave, then compare and end."""
+
+    tenants: int = 3
+    requests: int = 300
+    """Requests per wave."""
+    duration_ms: int | None = None
+    once: bool = False
+    fail: bool = False
+    directory: Path | None = None
+    """Where configurations, logs and the store stay; None: a temporary directory."""
+    seed: int = 1
+
+
+GUEST = Tenant("guest", "guest.example.com")
+"""Whose host people use for requests of their own; Envoy's log file is then what is compared with."""
+
+_TROUBLE: dict[str, Callable[..., Faults]] = {
+    "answers 503 to everything": partial(Faults, always=Fault.UNAVAILABLE),
+    "answers late, not at all, with 429 or 503, or stores half a batch": partial(
+        Faults,
+        times=8,
+        delay_ms=300,
+        per_mille=dict.fromkeys((Fault.BUSY, Fault.UNAVAILABLE, Fault.LOST, Fault.MIDWAY, Fault.LATE), 200),
+    ),
+    "is well again": Faults,
+}
+
+
+@dataclass(slots=True)
+class Story:
+    """One performance. ``await Story(options, console).run()`` gives the exit status."""
+
+    options: StoryOptions
+    console: Console
+    truth: Truth = field(default_factory=Truth)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by Ctrl-C or SIGTERM: no further request is begun."""
+
+    async def run(self) -> int:
+        """0 when what was delivered equals what was sent, 1 otherwise. Raises ProxyUsageError of a part."""
+        envoy_command()  # said before anything else is started
+        directory = _prepare(self.options.directory)
+        keep = self.options.directory is not None
+        try:
+            with _stopped_by_signals(self.stop):
+                status = await self._play(directory)
+            keep = keep or status != 0
+        except ProxyUsageError:
+            keep = True  # the error names a log in it
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(directory)
+        return status
+
+    async def _play(self, directory: Path) -> int:
+        named = tenants(self.options.tenants)
+        token_file = directory / "token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(16))
+        # The ports that the documentation names, where they are free; `once` stays out of people's way.
+        ports = (0, 0, 0) if self.options.once else (9001, 9090, 10080)
+        log = AccessLog(directory / "access.jsonl", self.truth, GUEST.name)
+        async with contextlib.AsyncExitStack() as parts:
+            billing = await parts.enter_async_context(BillingStandIn(token=token_file.read_text()))
+            upstream = await parts.enter_async_context(Upstream())
+            sink = await parts.enter_async_context(
+                SinkProcess(
+                    directory,
+                    url=billing.url,
+                    token_file=token_file,
+                    grpc_port=ports[0],
+                    http_port=ports[1],
+                )
+            )
+            options = EnvoyOptions(
+                tenants=(*named, GUEST),
+                upstream=("127.0.0.1", upstream.port),
+                als=[("127.0.0.1", sink.grpc_port)],
+                listen=("127.0.0.1", lease_port(ports[2]) if ports[2] else 0),
+                access_log=directory / "access.jsonl",
+            )
+            envoy = await parts.enter_async_context(
+                EnvoyProcess(bootstrap(options), directory, buffer_flush_ms=options.buffer_flush_ms)
+            )
+            self._introduce(directory, billing, sink, envoy)
+            with self._showing(billing, log):
+                await self._waves(billing, sink, envoy, log, named)
+                self._say("traffic ended; draining Envoy, then the sink")
+                await envoy.drain()
+                await envoy.stop()
+                if billing.faults.always is not None:
+                    billing.faults = Faults()
+                await self._settle(billing, sink, log)
+                status = await sink.stop()
+            return self._judge(billing, log, status, directory)
+
+    async def _waves(
+        self,
+        billing: BillingStandIn,
+        sink: SinkProcess,
+        envoy: EnvoyProcess,
+        log: AccessLog,
+        named: tuple[Tenant, ...],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        end = None if self.options.duration_ms is None else loop.time() + self.options.duration_ms / 1000
+        wave = 0
+        while not self.stop.is_set() and (end is None or loop.time() < end):
+            self._trouble(billing, wave)
+            await mixed(
+                "127.0.0.1",
+                envoy.port,
+                named,
+                requests=self.options.requests,
+                seed=self.options.seed + wave,
+                strays=self.options.requests // 100,
+                truth=self.truth,
+                stop=self.stop.is_set,
+            )
+            wave += 1
+            sink.check()
+            self._progress(wave, billing, log)
+            if self.options.once:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), PAUSE_S)
+
+    def _trouble(self, billing: BillingStandIn, wave: int) -> None:
+        """With ``fail``: a few waves of outage, a few of bad answers, then none. ``once``: bad answers."""
+        outage, bad, well = _TROUBLE
+        phases = {0: bad} if self.options.once else {1: outage, 5: bad, 9: well}
+        if self.options.fail and wave in phases:
+            billing.faults = _TROUBLE[phases[wave]](seed=self.options.seed)
+            self._say(f"the billing endpoint now {phases[wave]}")
+
+    async def _settle(self, billing: BillingStandIn, sink: SinkProcess, log: AccessLog) -> None:
+        """Waits until everything arrived, or until nothing has arrived for a while."""
+        loop = asyncio.get_running_loop()
+        seen, since = -1, loop.time()
+        while loop.time() - since < QUIET_S:
+            log.follow()
+            if not differences(self.truth, billing.arrived, log.spent):
+                return
+            if len(billing.arrived.stored) != seen:
+                seen, since = len(billing.arrived.stored), loop.time()
+            sink.check()
+            await asyncio.sleep(0.1)
+
+    def _judge(self, billing: BillingStandIn, log: AccessLog, status: int | None, directory: Path) -> int:
+        log.follow()
+        self.console.print(table(lines(self.truth, billing.sums(), log.spent), "sent / delivered"))
+        wrong = differences(self.truth, billing.arrived, log.spent)
+        if status != 0:
+            wrong.append(f"the sink ended with status {status}")
+        for sentence in wrong[:20]:
+            self._say(f"differs: {sentence}")
+        if wrong:
+            self._say(f"{len(wrong)} differences; the files are kept in {directory}")
+        if not self.truth.requests:
+            self._say("nothing was sent")
+        elif not wrong:
+            events, again = len(billing.arrived.stored), billing.arrived.duplicates
+            self._say(
+                f"equal: {self.truth.requests} requests are {events} events; "
+                f"{again} sent again and recognised; answers: {_listed(billing)}"
+            )
+        return 1 if wrong else 0
+
+    # ── what is shown ──
+
+    def _introduce(
+        self,
+        directory: Path,
+        billing: BillingStandIn,
+        sink: SinkProcess,
+        envoy: EnvoyProcess,
+    ) -> None:
+        self._say(f"Envoy            http://127.0.0.1:{envoy.port} (admin {envoy.admin_port})")
+        self._say(f"  try            curl -H 'Host: {GUEST.host}' http://127.0.0.1:{envoy.port}/size/1000")
+        self._say(f"sink, rows       127.0.0.1:{sink.grpc_port}")
+        self._say(f"sink, metrics    {sink.base}/metrics, health {sink.base}/healthz and {sink.base}/readyz")
+        self._say(f"billing stand-in {billing.base}/sums, faults: PUT {billing.base}/faults")
+        self._say(f"files            {directory}")
+        self._say(
+            f"your own Envoy   deploy/envoy/envoy.yaml, cluster proxy_usage at 127.0.0.1:{sink.grpc_port}"
+        )
+        if not self.options.once:
+            self._say("Ctrl-C ends it cleanly")
+
+    def _say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def _progress(self, wave: int, billing: BillingStandIn, log: AccessLog) -> None:
+        if self.console.is_terminal:
+            return
+        log.follow()
+        self._say(f"wave {wave}: {self.truth.requests} requests sent so far; answers: {_listed(billing)}")
+        for line in lines(self.truth, billing.sums(), log.spent):
+            self._say(f"  {plain(line)}")
+
+    @contextlib.contextmanager
+    def _showing(self, billing: BillingStandIn, log: AccessLog) -> Iterator[None]:
+        """On a terminal, a table that follows what happens."""
+        if not self.console.is_terminal:
+            yield
+            return
+
+        async def refresh(live: Live) -> None:
+            while True:
+                log.follow()
+                title = f"sent / delivered; answers: {_listed(billing)}"
+                live.update(table(lines(self.truth, billing.sums(), log.spent), title))
+                await asyncio.sleep(0.5)
+
+        with Live(console=self.console, refresh_per_second=4, transient=True) as live:
+            task = asyncio.create_task(refresh(live))
+            try:
+                yield
+            finally:
+                task.cancel()
+
+
+def _listed(billing: BillingStandIn) -> str:
+    return ", ".join(f"{name} × {count}" for name, count in sorted(billing.answers.items())) or "none yet"
+
+
+def _prepare(chosen: Path | None) -> Path:
+    """The directory of this run: ``chosen``, which must be empty, or a new temporary one."""
+    if chosen is None:
+        return Path(tempfile.mkdtemp(prefix="proxy-usage-demo-"))
+    chosen.mkdir(parents=True, exist_ok=True)
+    if any(chosen.iterdir()):
+        # Usage that an earlier demo left in its store would be delivered into this one's sums.
+        raise UsageError(f"{chosen} is not empty", hint="name an empty or a new directory with --dir")
+    return chosen.resolve()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets ``stop``; a second one cancels the caller's task."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def handle() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, handle)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,383 @@
+"""The service's life, top to bottom: start, supervise, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from proxy_usage import __version__
+from proxy_usage.config import Config, load
+from proxy_usage.config.fields import split_address
+from proxy_usage.control import ControlServer
+from proxy_usage.decode import Split
+from proxy_usage.delivery.transport import TokenFile
+from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
+from proxy_usage.metrics import Metrics
+from proxy_usage.model import Origin
+from proxy_usage.pipeline import Port
+from proxy_usage.recording import Recorder
+from proxy_usage.service.build import (
+    Storage,
+    build_attributor,
+    build_couriers,
+    build_housekeeping,
+    build_mint,
+    build_pipeline,
+    build_receivers,
+    build_repairs,
+    clock_ms,
+    open_storage,
+)
+from proxy_usage.service.logs import configure_log
+from proxy_usage.service.reloading import prepare
+from proxy_usage.service.salvaging import salvage_all
+from proxy_usage.service.turns import Turns
+from proxy_usage.service.verbs import Verbs
+from proxy_usage.store.aside import files as set_aside_files
+from proxy_usage.store.thread import StoreThread
+from proxy_usage.web import Health, Web
+
+log = structlog.get_logger()
+
+DRAIN_STREAMS_S = 5.0
+DRAIN_TURNS_S = 5.0
+"""So long a full store is given to make room for what is only in memory."""
+DRAIN_DELIVERY_S = 10.0
+STALE_BEAT_MS = 30_000
+"""A stage that shows no life for so long makes the process unready, and unhealthy after ten times that."""
+STALLED_MS = 600_000
+"""Events older than this that no output took make the process unready."""
+
+
+class Service:
+    """One sink. ``start``, then ``supervise`` until it returns, then ``drain``."""
+
+    def __init__(self, config: Config, storage: Storage, *, reload: Callable[[], Config]) -> None:
+        self.config = config
+        self._reload = reload
+        self._storage = storage
+        self._metrics = Metrics()
+        self._thread = StoreThread()
+        self._pipeline = build_pipeline(config, storage)
+        self._recorder = Recorder(config.fold_plan().node_paths, clock_ms)
+        self._receivers = build_receivers(config, self._take, self._recorder.message, self._metrics)
+        self._couriers = build_couriers(config, storage, self._thread, self._metrics)
+        self._housekeeping = build_housekeeping(config, storage, self._thread, self._metrics)
+        self._turns = Turns(
+            self._pipeline,
+            storage.database,
+            storage.checkpoints,
+            build_mint(config),
+            self._housekeeping,
+            self._thread,
+            self._metrics,
+            interval_ms=config.windows.checkpoint,
+            clock_ms=clock_ms,
+            on_events=self._wake,
+        )
+        host, port = split_address(config.listen.http)
+        self._web = Web(
+            host,
+            port,
+            metrics=self._metrics,
+            health=self.health,
+            refresh=self._refresh,
+            token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
+        )
+        store = config.store.path
+        self._control = ControlServer(
+            store.with_name(store.name + ".sock"),
+            Verbs(
+                build_repairs(config, storage, lambda: build_attributor(self.config)),
+                self._thread,
+                self._recorder,
+                self._metrics,
+                status=self.status,
+                wake=self._wake,
+            ).handlers(),
+        )
+        self._stages: dict[str, asyncio.Task[None]] = {}
+        self._stopping = asyncio.Event()
+        self._started = False
+        self._oldest_ms: dict[int, int | None] = {}
+        self._config_error = ""
+
+    # --- start ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Opens the ports, the receiver's last: rows are only taken when everything behind it stands.
+
+        Raises:
+            ListenError: a port cannot be had.
+        """
+        self._metrics.info.labels(version=__version__, fold="protobuf").set(1)
+        for rows in self._storage.loss.rows.values():
+            self._metrics.crash_lost.inc(rows)
+        http = await self._web.start()
+        await self._control.start()
+        self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
+        self._stages["watch"] = asyncio.create_task(self._watch(), name="watch")
+        for courier in self._couriers:
+            name = f"output {courier.settings.name}"
+            self._stages[name] = asyncio.create_task(courier.run(), name=name)
+        if salvages := self._storage.past.salvages:
+            salvaging = salvage_all(salvages, self._thread, self._metrics, clock_ms)
+            self._stages["salvage"] = asyncio.create_task(salvaging, name="salvage")
+        grpc = [await receiver.start() for receiver in self._receivers]
+        self._started = True
+        # What was built until here stays: collections need not walk it again and again (158 ms at a time with
+        # a million streams).
+        gc.collect()
+        gc.freeze()
+        log.info(
+            "serving",
+            version=__version__,
+            grpc=grpc,
+            http=http,
+            store=str(self.config.store.path),
+            outputs=[output.name for output in self.config.outputs],
+            open_windows=len(self._pipeline.windows),
+        )
+
+    # --- run --------------------------------------------------------------------------------------------
+
+    async def supervise(self) -> None:
+        """Waits for ``request_stop``.
+
+        Raises:
+            StageDied: a stage ended; what it raised is the cause.
+        """
+        stop = asyncio.create_task(self._stopping.wait(), name="stop")
+        done, _ = await asyncio.wait([stop, *self._stages.values()], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        for task in done - {stop}:
+            cause = None if task.cancelled() else task.exception()
+            if isinstance(cause, StoreForeign):
+                raise StageDied(
+                    f"the stage {task.get_name()!r} ended: {cause.message}", hint=cause.hint
+                ) from cause
+            raise StageDied(
+                f"the stage {task.get_name()!r} ended by itself: {cause!r}",
+                hint="the process stops so that it can be started anew; nothing durable is lost",
+            ) from cause
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was requested."""
+        return self._stopping.is_set()
+
+    @property
+    def store_failure(self) -> StoreError | None:
+        """Why the store does not take what was counted; None while it does."""
+        return self._turns.failure
+
+    def request_stop(self) -> None:
+        """Lets ``supervise`` return."""
+        self._stopping.set()
+
+    def finish_store_calls(self) -> None:
+        """Blocks until the store call under way is done, so that the store can be closed."""
+        self._thread.close()
+
+    def reload(self) -> None:
+        """Takes over what may change while running; a configuration with mistakes changes nothing."""
+        try:
+            change = prepare(self.config, self._reload())
+        except ProxyUsageError as error:
+            self._config_error = error.message
+            self._metrics.reload_refused.set(1)
+            log.error("reload refused, the former configuration goes on", error=str(error))  # noqa: TRY400
+            return
+        self._config_error = ""
+        self._metrics.reload_refused.set(0)
+        config = self.config = change.config
+        configure_log(config.log.level, config.log.format)
+        self._pipeline.replace(change.folds, change.attributor, clock_ms())
+        windows, held = self._pipeline.windows, config.tenant.unattributed.max_identities
+        windows.max_tenants = config.tenant.max_tenants
+        windows.defaults = tuple(dimension.default for dimension in config.dimensions.values())
+        self._pipeline.max_held = self._storage.checkpoints.max_held = held
+        for receiver in self._receivers:
+            receiver.admit(change.admission, change.tls)
+        for courier in self._couriers:
+            courier.trust(*change.trust[courier.settings.name])
+        self._web.token = change.http_token
+        log.info("reloaded", changed=change.keys)
+
+    # --- drain ------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Reads what was sent, makes it durable, delivers for a while. What is left is in the store."""
+        await asyncio.gather(*(receiver.drain(DRAIN_STREAMS_S) for receiver in self._receivers))
+        self._turns.stop()
+        turns = self._stages.pop("turns", None)
+        if turns is not None:
+            await asyncio.wait([turns])
+        try:
+            await self._turns.finish(DRAIN_TURNS_S)
+            if self.store_failure is not None:
+                log.error(
+                    "stopping with usage that the store does not take; the next start reports it as lost",
+                    error=self.store_failure.message,
+                )
+            await self._deliver_rest()
+        except StoreForeign as error:
+            log.error("stopping with a damaged store", error=error.message, hint=error.hint)  # noqa: TRY400
+        for courier in self._couriers:
+            await courier.stop(1.0)
+        for task in self._stages.values():
+            task.cancel()
+        await asyncio.gather(*self._stages.values(), return_exceptions=True)
+        await self._recorder.close()
+        await self._control.close()
+        await self._web.stop()
+        self._thread.close()
+
+    async def _deliver_rest(self) -> None:
+        """Gives healthy outputs a bounded time to empty their queues."""
+        self._wake()
+        deadline_ms = clock_ms() + int(DRAIN_DELIVERY_S * 1_000)
+        while clock_ms() < deadline_ms:
+            waiting = [
+                courier
+                for courier in self._couriers
+                if courier.policy.failures == 0
+                and await self._thread.run(self._storage.queue.oldest_ms, courier.settings.output) is not None
+            ]
+            if not waiting:
+                return
+            await asyncio.sleep(0.05)
+
+    # --- between the parts ------------------------------------------------------------------------------
+
+    def _take(self, port: Port, origin: Origin, part: Split, now_ms: int) -> None:
+        self._storage.intake.add(origin.node_id, len(part.entries))
+        self._pipeline.take(port, origin, part, now_ms)
+
+    def _wake(self) -> None:
+        for courier in self._couriers:
+            courier.notify()
+
+    async def _watch(self) -> None:
+        """Keeps the figures that only the store knows at hand for metrics and readiness."""
+        queue = self._storage.queue
+        while True:
+            try:
+                tallies = await self._thread.run(queue.tallies)
+                for courier in self._couriers:
+                    name, output = courier.settings.name, courier.settings.output
+                    self._oldest_ms[output] = await self._thread.run(queue.oldest_ms, output)
+                    self._metrics.pending.labels(output=name).set(tallies.get((output, "pending"), 0))
+                    self._metrics.dead.labels(output=name).set(tallies.get((output, "dead"), 0))
+                self._metrics.set_aside.set(await self._thread.run(set_aside_files, self.config.store.path))
+            except StoreError as error:
+                if not error.retriable:
+                    raise
+                log.warning("store cannot be read", error=error.message)
+            await asyncio.sleep(1)
+
+    def health(self) -> Health:
+        """What /healthz and /readyz say."""
+        now_ms = clock_ms()
+        reasons: dict[str, str] = {}
+        if not self._started:
+            reasons["starting"] = "not all ports are open yet"
+        if self._stopping.is_set():
+            reasons["draining"] = "the service is stopping"
+        beats = {"turns": self._turns.beat_ms}
+        beats.update({f"output {c.settings.name}": c.beat_ms for c in self._couriers})
+        for stage, beat_ms in beats.items():
+            if now_ms - beat_ms > STALE_BEAT_MS:
+                reasons[stage] = f"no sign of life for {(now_ms - beat_ms) // 1_000} s"
+        if self._turns.full:
+            reasons["store"] = self._housekeeping.describe()
+        elif self._turns.failure is not None:
+            reasons["store"] = self._turns.failure.message
+        for courier in self._couriers:
+            name, policy = courier.settings.name, courier.policy
+            oldest_ms = self._oldest_ms.get(courier.settings.output)
+            if policy.paused is not None:
+                reasons[f"output {name} paused"] = f"{policy.paused}: {policy.detail[:200]}"
+            elif oldest_ms is not None and now_ms - oldest_ms > STALLED_MS:
+                reasons[f"output {name} stalled"] = f"oldest event is {(now_ms - oldest_ms) // 1_000} s old"
+        alive = all(not task.done() for task in self._stages.values())
+        alive = alive and all(now_ms - beat_ms <= 10 * STALE_BEAT_MS for beat_ms in beats.values())
+        return Health(alive, reasons)
+
+    def status(self) -> dict[str, object]:
+        """What only the running process knows, for ``proxy-usage status``."""
+        health = self.health()
+        return {
+            "version": __version__,
+            "alive": health.alive,
+            "reasons": dict(health.reasons),
+            "remarks": self._turns.observer.remarks(),
+            "open_windows": len(self._pipeline.windows),
+            "checkpoint_age_ms": clock_ms() - self._turns.durable_ms,
+            "config_error": self._config_error,
+            "space": self._housekeeping.status(),
+        }
+
+    def _refresh(self) -> None:
+        """Gauges that are read off the parts when somebody asks."""
+        now_ms = clock_ms()
+        metrics = self._metrics
+        metrics.ready.set(not self.health().reasons)
+        metrics.windows_open.set(len(self._pipeline.windows))
+        metrics.tenants.set(self._pipeline.windows.tenants)
+        metrics.checkpoint_age.set((now_ms - self._turns.durable_ms) / 1_000)
+        metrics.stage_beat.labels(stage="turns").set((now_ms - self._turns.beat_ms) / 1_000)
+        metrics.store_failed.set(self._turns.failure is not None)
+        self._housekeeping.gauges()
+        for courier in self._couriers:
+            name = courier.settings.name
+            oldest_ms = self._oldest_ms.get(courier.settings.output)
+            metrics.oldest.labels(output=name).set(max(0, now_ms - oldest_ms) / 1_000 if oldest_ms else 0)
+            metrics.paused.labels(output=name).set(courier.policy.paused is not None)
+            metrics.stage_beat.labels(stage=f"output {name}").set((now_ms - courier.beat_ms) / 1_000)
+
+
+async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
+    """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
+    second signal, or stopped with usage that the store did not take."""
+    storage = open_storage(config, from_backup=restored)
+    storage.past.tell(storage.loss)
+    try:
+        service = Service(config, storage, reload=lambda: load(path, env))
+        forced = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            (forced.set if service.stopping else service.request_stop)()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, service.reload)
+        await service.start()
+        try:
+            await service.supervise()
+        except StageDied:
+            await service.drain()
+            raise
+        log.info("draining")
+        drain = asyncio.create_task(service.drain())
+        force = asyncio.create_task(forced.wait())
+        done, _ = await asyncio.wait([drain, force], return_when=asyncio.FIRST_COMPLETED)
+        force.cancel()
+        if drain in done:
+            drain.result()
+            if service.store_failure is not None:
+                return 1
+            log.info("drained")
+            return 0
+        log.warning("stopped before the drain was done; what was not durable is reported at the next start")
+        drain.cancel()
+        await asyncio.to_thread(service.finish_store_calls)
+        return 1
+    finally:
+        storage.close()

@@ -1,0 +1,196 @@
+"""The turn: again and again, what was read becomes durable and due windows become events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import structlog
+
+from proxy_usage.errors import StoreError, StoreFull, StoreUnavailable
+from proxy_usage.events import Mint
+from proxy_usage.metrics import Metrics
+from proxy_usage.pipeline import Pipeline
+from proxy_usage.service.housekeeping import Housekeeping
+from proxy_usage.service.observing import Observer
+from proxy_usage.store import Checkpoints, Database
+from proxy_usage.store.thread import StoreThread
+from proxy_usage.turn import Turn
+
+log = structlog.get_logger()
+
+SLICE = 1_000
+"""Keys closed in one turn; more that are due follow in the next, without waiting."""
+SHARE = 9
+"""After a turn nothing is saved for so many times as long as it took."""
+RETRY_S = 1.0
+MAX_RETRY_S = 30.0
+
+
+class Turns:
+    """Takes turns at the checkpoint interval.
+
+    Args:
+        housekeeping: the store's upkeep, which follows each turn.
+        on_events: called after a turn that made events.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        database: Database,
+        checkpoints: Checkpoints,
+        mint: Mint,
+        housekeeping: Housekeeping,
+        thread: StoreThread,
+        metrics: Metrics,
+        *,
+        interval_ms: int,
+        clock_ms: Callable[[], int],
+        on_events: Callable[[], None],
+    ) -> None:
+        self.beat_ms = clock_ms()
+        """When a turn was last tried."""
+        self.durable_ms = clock_ms()
+        """Everything read before this moment is durable."""
+        self.failure: StoreError | None = None
+        """Why the store refused the last turn; None when it did not."""
+        self._pipeline = pipeline
+        self._database = database
+        self._checkpoints = checkpoints
+        self._mint = mint
+        self._housekeeping = housekeeping
+        self._thread = thread
+        self._metrics = metrics
+        self.observer = Observer(metrics)
+        self._interval_s = interval_ms / 1_000
+        self._clock_ms = clock_ms
+        self._on_events = on_events
+        self._stop = asyncio.Event()
+        self._retry_s = RETRY_S
+        self._slice = SLICE
+        self._in_doubt: Turn | None = None
+
+    async def run(self) -> None:
+        """Takes turns until ``stop``; then none is under way."""
+        while not self._stop.is_set():
+            started_ns = time.perf_counter_ns()
+            more = await self.turn()
+            if not more:
+                # A turn that takes long is taken less often: never more than a tenth of the time.
+                spent_s = (time.perf_counter_ns() - started_ns) / 1e9
+                wait_s = self._retry_s if self.failure else max(self._interval_s, SHARE * spent_s)
+                await self._rest(wait_s)
+
+    async def _rest(self, wait_s: float) -> None:
+        """Waits, with housekeeping as long as there is more to do; ends early when that made room."""
+        until_s = time.monotonic() + wait_s
+        while not self._stop.is_set() and (left_s := until_s - time.monotonic()) > 0:
+            pause_s = min(left_s, self._interval_s) if self._housekeeping.busy else left_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause_s)
+            if not self._housekeeping.busy or pause_s == left_s:
+                continue
+            await self._keep_house(self._clock_ms())
+            if self.full and self._housekeeping.relieved:
+                return
+
+    async def _keep_house(self, now_ms: int) -> None:
+        if self.failure is None or self.full:  # a broken store is opened anew by a turn first
+            await self._housekeeping.run(now_ms, refused=self.full)
+
+    @property
+    def full(self) -> bool:
+        """Whether the store refused the last turn since it has no room."""
+        return isinstance(self.failure, StoreFull)
+
+    def stop(self) -> None:
+        """Lets ``run`` end after the turn under way."""
+        self._stop.set()
+
+    async def finish(self, make_room_s: float) -> None:
+        """Turns until nothing is due; a full store is given some time to make room for the last ones."""
+        until_s = time.monotonic() + make_room_s
+        while await self.turn() or (
+            self.full
+            and (self._housekeeping.busy or self._housekeeping.relieved)
+            and time.monotonic() < until_s
+        ):
+            continue
+
+    async def turn(self) -> bool:
+        """One turn, and what the store needs after it. Returns whether more windows are due now."""
+        more = await self._turn()
+        await self._keep_house(self.beat_ms)
+        return more
+
+    async def _turn(self) -> bool:
+        """Makes durable what was read.
+
+        A store that is full or broken keeps nothing from being counted: what the turn held goes into the next
+        one, once it is certain that the broken one did not take effect.
+        """
+        now_ms = self.beat_ms = self._clock_ms()
+        if self._in_doubt is not None and not await self._resolve(self._in_doubt):
+            return False
+        turn = self._pipeline.begin(now_ms, limit=self._slice)
+        self.observer.look(self._pipeline, now_ms)
+        if turn.is_empty:
+            self._pipeline.commit(turn)
+            self.durable_ms = now_ms
+            return False
+        try:
+            events = await self._thread.run(self._checkpoints.commit, turn, self._mint, now_ms)
+        except StoreError as error:
+            self._in_doubt = turn
+            self._failed(error)
+            return False
+        self._pipeline.commit(turn)
+        self._worked(now_ms)
+        self._metrics.checkpoints.inc()
+        if events:
+            self._metrics.minted.inc(len(events))
+            log.info("windows closed", keys=len(turn.windows.closing), events=len(events))
+            self._on_events()
+        due_ms = self._pipeline.windows.next_due_ms()
+        return due_ms is not None and due_ms <= now_ms
+
+    async def _resolve(self, turn: Turn) -> bool:
+        """Finds out whether a turn whose commit broke off took effect. Returns False while nobody can say."""
+        try:
+            if isinstance(self.failure, StoreUnavailable):
+                await self._thread.run(self._database.reopen)
+            last = await self._thread.run(self._checkpoints.last_turn)
+        except StoreError as error:
+            self._failed(error)
+            return False
+        self._in_doubt = None
+        if last >= turn.number:
+            self._pipeline.commit(turn)
+            self._worked(self._clock_ms())
+            self._on_events()
+        else:
+            self._pipeline.rollback(turn)
+        return True
+
+    def _failed(self, error: StoreError) -> None:
+        if not error.retriable:
+            raise error
+        self._metrics.checkpoint_failures.inc()
+        if isinstance(error, StoreFull):
+            self._metrics.refused_turns.inc()
+            self._slice = max(1, self._slice // 4)  # a smaller one may fit
+        if self.failure is None:
+            log.error("checkpoint failed", error=error.message, hint=error.hint)
+            self._retry_s = RETRY_S
+        else:
+            self._retry_s = min(MAX_RETRY_S, 2 * self._retry_s)
+        self.failure = error
+
+    def _worked(self, now_ms: int) -> None:
+        if self.failure is not None:
+            log.info("checkpoint works again")
+        self.durable_ms, self.failure = now_ms, None
+        self._slice = min(SLICE, 2 * self._slice)

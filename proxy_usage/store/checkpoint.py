@@ -1,0 +1,383 @@
+"""Turns: what the pipeline added since the last one becomes durable, and due windows become events.
+
+A turn is one transaction. It appends one packed record to ``log`` (open cells that changed, absolute; ids of
+cells that closed), mints the events of the cells that close, and adds up the counters; so that after a crash
+at any point the store holds either all of a turn or none of it. Records are folded together when they
+outgrow what they describe.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from types import MappingProxyType
+
+import msgspec
+
+from proxy_usage.errors import StoreForeign
+from proxy_usage.events import Mint
+from proxy_usage.model import Cell, Event, Key
+from proxy_usage.store.connections import load_connections, relay_connections, save_connections
+from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, counters, tally
+from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
+from proxy_usage.store.schema import dumps
+from proxy_usage.store.streams import load_streams, relay_streams, save_streams
+from proxy_usage.turn import Held, Layout, OutputSlot, Recovered, Turn
+
+FOLD_BYTES = 256 << 10
+"""Records are folded when those since the last fold outgrow this and three times the folded one."""
+REMAINDER_IDLE_MS = 35 * 86_400_000
+"""A remainder unused for so long is written off (design: promise 3)."""
+
+_Birth = tuple[int, int, str, tuple[str, ...], int]  # id, window, tenant, dimensions, due
+
+
+class Record(msgspec.Struct, array_like=True):
+    """A record of the log: what one turn, or a fold, says of open cells."""
+
+    born: list[_Birth]
+    changed: list[tuple[int, ...]]  # id, rows, *amounts
+    closed: list[int]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Record).decode
+
+
+class Checkpoints:
+    """The pipeline's side of the store."""
+
+    def __init__(self, database: Database, *, max_held: int) -> None:
+        self._database = database
+        self.max_held = max_held
+        """Bound on rows of unattributed usage."""
+        with database.reading() as db:
+            self._held = db.execute("SELECT count(*) FROM held").fetchone()[0]
+            sizes = [row[0] for row in db.execute("SELECT length(record) FROM log ORDER BY seq")]
+        self._base: int = sizes[0] if sizes else 0
+        self._grown: int = sum(sizes[1:])
+        self.outputs: tuple[OutputSlot, ...] = ()
+
+    # --- starting ---------------------------------------------------------------------------------------
+
+    def recover(self) -> Recovered:
+        """Reads what a former process left: open cells, the rows it had read, the layout it used.
+
+        Raises:
+            StoreForeign: what is there makes no sense, though SQLite can read it.
+        """
+        try:
+            return self._recover()
+        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+            raise StoreForeign(
+                f"store {self._database.path} is damaged: it holds what nobody wrote: {error}",
+                hint="start the service again: it sets the file aside and keeps what can be read of it",
+            ) from error
+
+    def _recover(self) -> Recovered:
+        with self._database.reading() as db:
+            cells = fold_log(db)
+            row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
+            layout = msgspec.json.decode(row[0], type=Layout) if row else None
+            intake = dict(db.execute("SELECT node, rows FROM intake"))
+            streams = load_streams(db)
+            connections = load_connections(db)
+        return Recovered(
+            turn=self.last_turn(),
+            layout=layout,
+            cells=tuple(
+                (
+                    Cell(birth[0], birth[1], Key(birth[2], tuple(birth[3])), state[1], tuple(state[2:])),
+                    birth[4],
+                )
+                for birth, state in cells.values()
+            ),
+            intake=intake,
+            streams=streams,
+            connections=connections,
+        )
+
+    def begin(
+        self,
+        layout: Layout,
+        outputs: Sequence[OutputSlot],
+        lost: Mapping[str, int],
+        *,
+        unknown: Iterable[str] = (),
+        unexplained: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Makes the store fit this start: its layout, its outputs, and what the crash before it lost.
+
+        Under another layout what ``recover`` gave of streams and connections is out of date: it must be
+        read again.
+
+        Args:
+            lost: rows per node that the former process had read and not saved. They are added both to
+                ``crash_lost`` and to ``intake``, so that no later start reports them again.
+            unknown: nodes of which nobody can say what was lost; counted in ``crash_unknown``.
+            unexplained: rows per node that ``intake`` is raised by without a word.
+        """
+        with self._database.transaction() as db:
+            row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
+            if row is not None:
+                _relay(db, msgspec.json.decode(row[0], type=Layout), layout)
+            db.execute(
+                "INSERT INTO meta VALUES('layout', ?) ON CONFLICT(name) DO UPDATE SET value=excluded.value",
+                (msgspec.json.encode(layout).decode(),),
+            )
+            add_counters(db, "crash_lost", lost.items())
+            add_counters(db, "crash_unknown", ((node, 1) for node in unknown))
+            for node, rows in (*lost.items(), *unexplained.items()):
+                db.execute(
+                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=rows+excluded.rows",
+                    (node, rows),
+                )
+        self.outputs = tuple(outputs)
+
+    # --- turns ------------------------------------------------------------------------------------------
+
+    def commit(self, turn: Turn, mint: Mint, now_ms: int) -> tuple[Event, ...]:
+        """Makes one turn durable and mints the events of the cells it closes.
+
+        Returns the new events. Raises StoreFull or StoreUnavailable, and then nothing has changed: the
+        caller rolls its turn back and tries again with the next one.
+        """
+        record = Record(
+            born=[(b.id, b.window_ms, b.key.tenant, b.key.dimensions, b.due_ms) for b in turn.windows.born],
+            changed=list(turn.windows.changed),
+            closed=[cell.id for cell in turn.windows.closing],
+        )
+        packed = _encode(record) if record.born or record.changed or record.closed else b""
+        held_before = self._held
+        try:
+            with self._database.transaction(usage=True) as db:
+                events = self._close(db, turn.windows.closing, mint, now_ms)
+                if packed:
+                    db.execute("INSERT INTO log(record) VALUES(?)", (packed,))
+                names = [meter.name for meter in mint.meters]
+                for held in turn.held:
+                    self._hold(db, held, names, now_ms)
+                add_counters(db, "counted", zip(names, turn.counted, strict=True))
+                add_counters(db, "rows", ((f"{f}/{reason}", n) for (f, reason), n in turn.fates.items()))
+                db.executemany(
+                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=excluded.rows",
+                    turn.intake.items(),
+                )
+                if turn.streams is not None:
+                    save_streams(db, turn.streams)
+                if turn.connections is not None:
+                    save_connections(db, turn.connections)
+                db.execute("INSERT OR REPLACE INTO meta VALUES('turn', ?)", (str(turn.number),))
+        except BaseException:
+            self._held = held_before
+            raise
+        self._grown += len(packed)
+        return events
+
+    def last_turn(self) -> int:
+        """The number of the last turn that took effect.
+
+        A commit that broke off (an I/O error while it was synced) may have taken effect all the same: only
+        the store can say, once it can be read again.
+        """
+        with self._database.reading() as db:
+            row = db.execute("SELECT value FROM meta WHERE name='turn'").fetchone()
+        return int(row[0]) if row else 0
+
+    @property
+    def wants_fold(self) -> bool:
+        """Whether the log has outgrown what it describes."""
+        return self._grown > max(FOLD_BYTES, 3 * self._base)
+
+    def fold(self) -> None:
+        """Folds the log into one record. What it says does not change.
+
+        A transaction of its own: a turn that was committed stays committed when this fails.
+        """
+        with self._database.transaction() as db:
+            cells = fold_log(db)
+            record = Record(
+                [birth for birth, _ in cells.values()], [state for _, state in cells.values()], []
+            )
+            packed = _encode(record)
+            last = db.execute("SELECT coalesce(max(seq), 0) FROM log").fetchone()[0]
+            db.execute("DELETE FROM log")
+            db.execute("INSERT INTO log(seq, record) VALUES(?,?)", (last + 1, packed))
+        self._base, self._grown = len(packed), 0
+
+    def write_off(self, now_ms: int, limit: int = 500) -> int:
+        """Writes off remainders unused for 35 days, each as a row of the ledger. Returns how many keys."""
+        with self._database.transaction() as db:
+            rows = db.execute(
+                "SELECT key, remainders FROM keys WHERE remainders != '{}' AND used_ms < ? LIMIT ?",
+                (now_ms - REMAINDER_IDLE_MS, limit),
+            ).fetchall()
+            for key, text in rows:
+                remainders: dict[str, int] = json.loads(text)
+                for meter, amount in remainders.items():
+                    db.execute(
+                        "INSERT INTO ledger(output,fate,key,meter,window_ms,value,at_ms,answer,id)"
+                        " VALUES(0,'written_off',?,?,?,?,?,0,'')",
+                        (key, meter, now_ms, amount, now_ms),
+                    )
+                add_counters(db, "written_off", remainders.items())
+                db.execute("UPDATE keys SET remainders='{}' WHERE key=?", (key,))
+        return len(rows)
+
+    # --- inside a transaction ----------------------------------------------------------------------------
+
+    def _close(
+        self, db: sqlite3.Connection, cells: Iterable[Cell], mint: Mint, now_ms: int
+    ) -> tuple[Event, ...]:
+        events: list[Event] = []
+        sums: Sums = {}
+        names = [meter.name for meter in mint.meters]
+        for cell in cells:
+            number, stored = key_number(db, cell.key, mint.dimensions, now_ms)
+            minted = mint.mint(cell, [stored.pop(name, 0) for name in names], now_ms)
+            # What is left in `stored` belongs to meters of an earlier layout and waits to be written off.
+            stored.update((name, left) for name, left in zip(names, minted.remainders, strict=True) if left)
+            db.execute("UPDATE keys SET remainders=?, used_ms=? WHERE key=?", (dumps(stored), now_ms, number))
+            for event in minted.events:
+                self._queue(db, event, number, names[event.meter], now_ms, sums)
+            events.extend(minted.events)
+        add_tallies(db, sums)
+        return tuple(events)
+
+    def _queue(
+        self, db: sqlite3.Connection, event: Event, key: int, meter: str, now_ms: int, sums: Sums
+    ) -> None:
+        """Gives an event to every output; one that none will send leaves its ledger rows and no bytes."""
+        tally(sums, 0, "minted", meter, event.value)
+        fates = [(slot.output, slot.fate(event.window_ms)) for slot in self.outputs]
+        waiting = [output for output, fate in fates if fate == "pending"]
+        if waiting:
+            seq = db.execute(
+                "INSERT INTO events(id,key,meter,window_ms,value,minted_ms,outputs,given,body)"
+                " VALUES(?,?,?,?,?,?,?7,?7,?)",
+                (event.id, key, meter, event.window_ms, event.value, now_ms, len(waiting), event.body),
+            ).lastrowid
+            db.executemany(
+                "INSERT INTO deliveries(output, seq) VALUES(?,?)", [(output, seq) for output in waiting]
+            )
+        for output, fate in fates:
+            tally(sums, output, fate, meter, event.value)
+            if fate != "pending":
+                db.execute(
+                    "INSERT INTO ledger(output,fate,key,meter,window_ms,value,at_ms,answer,id)"
+                    " VALUES(?,?,?,?,?,?,?,0,?)",
+                    (output, fate, key, meter, event.window_ms, event.value, now_ms, event.id),
+                )
+
+    def _hold(self, db: sqlite3.Connection, held: Held, names: Sequence[str], now_ms: int) -> None:
+        """Adds unattributed usage to its row; past the bound, to one row per hour and reason."""
+        identity = pack(held)
+        digest = blake2b(held.reason.encode() + b"\0" + identity, digest_size=16).digest()
+        row = db.execute(
+            "SELECT amounts FROM held WHERE hour_ms=? AND digest=?", (held.hour_ms, digest)
+        ).fetchone()
+        if row is None and self._held >= self.max_held:
+            identity = b""
+            digest = blake2b(held.reason.encode(), digest_size=16).digest()
+            row = db.execute(
+                "SELECT amounts FROM held WHERE hour_ms=? AND digest=?", (held.hour_ms, digest)
+            ).fetchone()
+        amounts: dict[str, int] = json.loads(row[0]) if row else {}
+        for name, amount in zip(names, held.amounts, strict=True):
+            amounts[name] = amounts.get(name, 0) + amount
+        if row is None:
+            self._held += 1
+        db.execute(
+            "INSERT INTO held VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(hour_ms, digest) DO UPDATE SET"
+            " rows=rows+excluded.rows, amounts=excluded.amounts, last_ms=excluded.last_ms",
+            (held.hour_ms, digest, held.reason, identity, held.rows, dumps(amounts), now_ms, now_ms),
+        )
+
+    def release(
+        self,
+        wanted: WantedHeld,
+        attribute: Attribute,
+        mint: Mint,
+        now_ms: int,
+        after: tuple[int, bytes] = (-1, b""),
+    ) -> Released:
+        """Makes events of held usage that the present rules attribute, a slice of it in one transaction.
+
+        Raises:
+            UsageError: nothing is held under an id that is wanted.
+        """
+        with self._database.transaction() as db:
+            seen = look(db, wanted, after, attribute, mint, now_ms)
+            events = self._close(db, seen.cells, mint, now_ms)
+            removed = let_go(db, seen)
+        self._held -= removed
+        return seen.result._replace(events=len(events))
+
+    def forget_held(self, rows: int) -> None:
+        """Rows of unattributed usage are gone: there is room for as many others."""
+        self._held -= rows
+
+    def crash_lost(self) -> dict[str, int]:
+        """Rows per node that crashes lost over the life of the store."""
+        with self._database.reading() as db:
+            return counters(db, "crash_lost")
+
+
+def _relay(db: sqlite3.Connection, former: Layout, layout: Layout) -> None:
+    """Writes what outlives windows anew for another layout: long streams, and who used which connection."""
+    meters, former_meters = ([meter[0] for meter in each.meters] for each in (layout, former))
+    if meters == former_meters and layout.dimensions == former.dimensions:
+        return
+    columns = [former_meters.index(name) if name in former_meters else None for name in meters]
+    places = [
+        former.dimensions.index(name) if name in former.dimensions else None for name in layout.dimensions
+    ]
+    relay_streams(db, columns, places)
+    relay_connections(db, places)
+
+
+def key_number(
+    db: sqlite3.Connection, key: Key, dimensions: Sequence[str], now_ms: int
+) -> tuple[int, dict[str, int]]:
+    """The key's number and its remainders by meter name; a new key gets a row."""
+    named = dumps(dict(zip(dimensions, key.dimensions, strict=True)))
+    digest = blake2b(f"{key.tenant}\0{named}".encode(), digest_size=16).digest()
+    row = db.execute("SELECT key, remainders FROM keys WHERE digest=?", (digest,)).fetchone()
+    if row is not None:
+        return row[0], json.loads(row[1])
+    number = db.execute(
+        "INSERT INTO keys(digest,tenant,dimensions,remainders,used_ms) VALUES(?,?,?,'{}',?)",
+        (digest, key.tenant, named, now_ms),
+    ).lastrowid
+    assert number is not None
+    return number, {}
+
+
+def fold_log(db: sqlite3.Connection) -> dict[int, tuple[_Birth, tuple[int, ...]]]:
+    """Reads the log from its first record to its last: the open cells by id."""
+    fold = LogFold()
+    for (packed,) in db.execute("SELECT record FROM log ORDER BY seq"):
+        fold.add(packed)
+    return {number: (birth, fold.states[number]) for number, birth in fold.births.items()}
+
+
+class LogFold:
+    """What records of the log come to, added in their order."""
+
+    def __init__(self) -> None:
+        self.births: dict[int, _Birth] = {}
+        self.states: dict[int, tuple[int, ...]] = {}
+
+    def add(self, packed: bytes) -> Record:
+        """Adds a record. Raises msgspec.MsgspecError for what is none."""
+        record = _decode(packed)
+        for birth in record.born:
+            self.births[birth[0]] = birth
+        for state in record.changed:
+            self.states[state[0]] = state
+        for closed in record.closed:
+            self.births.pop(closed, None)
+            self.states.pop(closed, None)
+        return record

@@ -1,0 +1,179 @@
+"""The open store: its one connection, its transactions, and the sums that every part of it keeps."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from proxy_usage.errors import StoreForeign, StoreFull, StoreVersion
+from proxy_usage.store import aside
+from proxy_usage.store.migrate import HISTORY, History, migrate
+from proxy_usage.store.schema import Lock, connect, translated
+from proxy_usage.store.space import Space
+
+
+class Database:
+    """Exclusive owner of one store file. Used by one thread at a time.
+
+    Args:
+        aside_ms: the present. When it is given, the whole file is checked, and one that is damaged or not
+            ours is set aside and a fresh store opened in its place; ``aside.notes`` tells.
+
+    Raises:
+        StoreLocked: another process owns the store.
+        StoreVersion: it is of a version that this program does not work with.
+        StoreForeign, StoreFull, StoreUnavailable: it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int = 8 << 30,
+        aside_ms: int | None = None,
+        history: History = HISTORY,
+    ) -> None:
+        self.path = path.resolve()  # a store has one lock, by whatever name it is reached
+        self._max_bytes = max_bytes
+        self._history = history
+        self._lock = Lock(self.path)
+        self.space = Space(self.path, max_bytes)
+        try:
+            if aside_ms is None:
+                self.db = self._connect()
+            else:
+                aside.take_back(path)
+                self.db = self._connect_anyway(aside_ms)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _connect(self, *, check: bool = False) -> sqlite3.Connection:
+        db = connect(self.path, self._max_bytes, self._history.newest)
+        try:
+            if check:
+                aside.check(db, self.path)
+            migrate(db, self.path, self._history)
+            with translated(self.path):
+                self.space.attach(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _connect_anyway(self, now_ms: int) -> sqlite3.Connection:
+        try:
+            return self._connect(check=True)
+        except StoreVersion:
+            raise
+        except StoreForeign as error:
+            aside.set_aside(self.path, error.message, now_ms)
+        return self._connect()
+
+    def replace(self, reason: str, now_ms: int) -> None:
+        """Sets the open file aside, since what it holds cannot be read, and opens a fresh one.
+
+        Raises:
+            StoreFull, StoreUnavailable: the directory does not take it.
+        """
+        self.db.close()
+        aside.set_aside(self.path, reason, now_ms)
+        self.db = self._connect()
+
+    def close(self) -> None:
+        """Closes the file and gives up the lock. Closing twice is harmless."""
+        self.db.close()
+        self._lock.release()
+
+    def reopen(self) -> None:
+        """Opens the file anew and checks it: a connection that met an I/O error never recovers.
+
+        Raises:
+            StoreUnavailable: it still cannot be used. StoreForeign: it was damaged.
+        """
+        self.db.close()
+        self.db = self._connect(check=True)
+
+    @contextmanager
+    def transaction(self, *, usage: bool = False) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it is durable when the block ends, or none of it.
+
+        Args:
+            usage: it brings new usage, which has less room than what moves or removes what is there.
+
+        Raises:
+            StoreFull, StoreUnavailable, StoreForeign: nothing was changed.
+        """
+        try:
+            with self._transaction(usage=usage) as db:
+                yield db
+        except StoreFull:
+            self.space.failed(usage=usage)
+            raise
+
+    @contextmanager
+    def _transaction(self, *, usage: bool) -> Iterator[sqlite3.Connection]:
+        with translated(self.path):
+            self.space.admit(self.db, usage=usage)
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.db
+                self.db.execute("COMMIT")
+            except BaseException:
+                # SQLite ends a transaction by itself on some errors (a full disk among them).
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The connection for a few quick reads, with SQLite's errors in our words."""
+        with translated(self.path):
+            yield self.db
+
+
+Sums = dict[tuple[int, str, str], tuple[int, int]]
+"""``(output, fate, meter) → (events, value)``: what one transaction adds to the tallies; may be negative."""
+
+
+def tally(sums: Sums, output: int, fate: str, meter: str, value: int, events: int = 1) -> None:
+    """Notes that an output's events changed their fate."""
+    have_events, have_value = sums.get((output, fate, meter), (0, 0))
+    sums[output, fate, meter] = (have_events + events, have_value + value)
+
+
+def add_tallies(db: sqlite3.Connection, sums: Sums) -> None:
+    """Adds to the tallies. Sums are kept as text: over the years they may pass 64 bits."""
+    for (output, fate, meter), (events, value) in sums.items():
+        row = db.execute(
+            "SELECT events, value FROM tallies WHERE output=? AND fate=? AND meter=?", (output, fate, meter)
+        ).fetchone()
+        have_events, have_value = (row[0], int(row[1])) if row else (0, 0)
+        db.execute(
+            "INSERT INTO tallies VALUES(?,?,?,?,?) ON CONFLICT(output, fate, meter)"
+            " DO UPDATE SET events=excluded.events, value=excluded.value",
+            (output, fate, meter, have_events + events, str(have_value + value)),
+        )
+
+
+def add_counters(db: sqlite3.Connection, name: str, values: Iterable[tuple[str, int]]) -> None:
+    """Adds to sums over the life of the store, one per label."""
+    for label, value in values:
+        if value == 0:
+            continue
+        row = db.execute("SELECT value FROM counters WHERE name=? AND label=?", (name, label)).fetchone()
+        total = value + (int(row[0]) if row else 0)
+        db.execute(
+            "INSERT INTO counters VALUES(?,?,?) ON CONFLICT(name, label) DO UPDATE SET value=excluded.value",
+            (name, label, str(total)),
+        )
+
+
+def counters(db: sqlite3.Connection, name: str) -> dict[str, int]:
+    """Sums of one name by label."""
+    return {
+        label: int(value)
+        for label, value in db.execute("SELECT label, value FROM counters WHERE name=?", (name,))
+    }

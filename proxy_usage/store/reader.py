@@ -1,0 +1,308 @@
+"""Looks into a store beside the service that owns it, without changing anything.
+
+Every method is one short read transaction, so that what it returns belongs together and no writer waits;
+only ``conservation(deep=True)`` reads all tables, during which the write-ahead log cannot shrink.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from proxy_usage.errors import StoreVersion, UsageError
+from proxy_usage.store import sums
+from proxy_usage.store.database import counters
+from proxy_usage.store.held import unpack
+from proxy_usage.store.migrate import check_readable
+from proxy_usage.store.report import asides
+from proxy_usage.store.restore import restored
+from proxy_usage.store.schema import connect_readonly, translated
+from proxy_usage.store.views import (
+    Conservation,
+    DeadLetter,
+    Doubtful,
+    EventView,
+    HeldUsage,
+    Place,
+    QueuedEvent,
+    Status,
+    WaitingBatch,
+)
+
+SQLITE_VERSION = sqlite3.sqlite_version
+
+_ALL_OUTPUTS = (0, (1 << 63) - 1)
+_FILES = {"database": "", "log": "-wal", "reserve": ".reserve", "intake": ".intake"}
+
+
+class Reader:
+    """A store, opened for reading. Use it as a context manager, from one thread.
+
+    Raises:
+        StoreUnavailable: there is no store at ``path``, or it cannot be read.
+        StoreVersion: it is of another version than this program reads. StoreForeign: it is not a store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = connect_readonly(path)
+        with translated(path):
+            self._version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
+        try:
+            check_readable(path, self._version)
+        except StoreVersion:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file. Closing twice is harmless."""
+        self._db.close()
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        with translated(self.path):
+            self._db.execute("BEGIN")
+            try:
+                yield self._db
+            finally:
+                self._db.execute("COMMIT")
+
+    # --- sums -------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """The store at one moment: outputs, meters, rows, losses, sizes."""
+        with self._snapshot() as db:
+            cells = sums.open_cells(db)
+            return Status(
+                path=str(self.path),
+                schema_version=self._version,
+                sizes={name: _size(self.path, suffix) for name, suffix in _FILES.items()},
+                outputs=sums.outputs(db, sums.tallies(db)),
+                meters=sums.meters(db, cells),
+                rows=sums.rows(db),
+                intake=dict(db.execute("SELECT node, rows FROM intake ORDER BY node")),
+                crash_lost=counters(db, "crash_lost"),
+                open_windows=len(cells),
+                keys=db.execute("SELECT count(*) FROM keys").fetchone()[0],
+                unattributed=db.execute("SELECT count(*) FROM held").fetchone()[0],
+                crash_unknown=counters(db, "crash_unknown"),
+                asides=asides(db),
+                restored=restored(db),
+            )
+
+    def conservation(self, *, deep: bool = False) -> Conservation:
+        """Whether what was counted is where it should be, and every event has one fate per output.
+
+        ``deep`` also adds up the tables and compares: it reads the whole store.
+        """
+        with self._snapshot() as db:
+            kept = sums.tallies(db)
+            meters = sums.meters(db, sums.open_cells(db))
+            return Conservation(
+                meters=meters,
+                outputs=sums.output_terms(db, kept, meters),
+                deep=deep,
+                differences=sums.recount(db, kept, meters) if deep else (),
+            )
+
+    # --- queue ------------------------------------------------------------------------------------------
+
+    def queue(self, output: str | None = None, limit: int = 100) -> tuple[QueuedEvent, ...]:
+        """Events that an output (None: any) has not settled, in the order of their making.
+
+        Raises UsageError for an output that does not exist.
+        """
+        with self._snapshot() as db:
+            rows = db.execute(
+                "SELECT o.name, e.id, k.tenant, e.meter, e.value, e.window_ms, e.minted_ms, length(e.body),"
+                " CASE WHEN d.batch IS NULL THEN 'pending' ELSE 'attempted' END,"
+                " d.batch, coalesce(b.attempts, 0), b.not_before_ms, d.first_attempt_ms"
+                " FROM deliveries d CROSS JOIN events e ON e.seq=d.seq JOIN keys k ON k.key=e.key"
+                " JOIN outputs o ON o.output=d.output LEFT JOIN batches b ON b.batch=d.batch"
+                " WHERE d.output BETWEEN ? AND ? ORDER BY d.output, d.seq LIMIT ?",
+                (*_range(db, output), limit),
+            ).fetchall()
+        return tuple(QueuedEvent(*row) for row in rows)
+
+    def batches(self, output: str | None = None, limit: int = 100) -> tuple[WaitingBatch, ...]:
+        """Batches that were attempted and are not settled, those that are due first before the others.
+
+        Raises UsageError for an output that does not exist.
+        """
+        with self._snapshot() as db:
+            rows = db.execute(
+                "SELECT o.name, b.batch, count(d.seq), b.attempts, b.not_before_ms,"
+                " coalesce(min(d.first_attempt_ms), 0), b.confirm, b.answer"
+                " FROM batches b JOIN outputs o ON o.output=b.output"
+                " LEFT JOIN deliveries d ON d.batch=b.batch WHERE b.output BETWEEN ? AND ?"
+                " GROUP BY b.batch ORDER BY b.output, b.not_before_ms, b.batch LIMIT ?",
+                (*_range(db, output), limit),
+            ).fetchall()
+        return tuple(
+            WaitingBatch(output, batch, events, attempts, not_before_ms, first_ms, bool(confirm), answer)
+            for output, batch, events, attempts, not_before_ms, first_ms, confirm, answer in rows
+        )
+
+    def event(self, event_id: str) -> EventView | None:
+        """An event by its id and what became of it at each output; None when the store knows it no more."""
+        with self._snapshot() as db:
+            row = db.execute(
+                "SELECT e.seq, k.tenant, k.dimensions, e.meter, e.window_ms, e.value, e.minted_ms, e.body"
+                " FROM events e JOIN keys k ON k.key=e.key WHERE e.id=?",
+                (event_id,),
+            ).fetchone()
+            places = [] if row is None else _waiting(db, row[0])
+            settled = db.execute(
+                "SELECT k.tenant, k.dimensions, l.meter, l.window_ms, l.value, o.name, l.fate, l.at_ms,"
+                " l.answer FROM ledger l JOIN keys k ON k.key=l.key JOIN outputs o ON o.output=l.output"
+                " WHERE l.id=? ORDER BY l.output",
+                (event_id,),
+            ).fetchall()
+        if row is None and not settled:
+            return None
+        places.extend(Place(one[5], one[6], at_ms=one[7], status=one[8] or None) for one in settled)
+        tenant, dimensions, meter, window_ms, value = settled[0][:5] if row is None else row[1:6]
+        return EventView(
+            id=event_id,
+            tenant=tenant,
+            dimensions=json.loads(dimensions),
+            meter=meter,
+            window_ms=window_ms,
+            value=value,
+            minted_ms=None if row is None else row[6],
+            body=None if row is None else row[7],
+            places=tuple(places),
+        )
+
+    def dead_letters(
+        self, output: str | None = None, reason: str | None = None, limit: int = 100
+    ) -> tuple[DeadLetter, ...]:
+        """Events that an output (None: any) refused alone, for a reason (None: any); oldest first.
+
+        Raises UsageError for an output that does not exist.
+        """
+        with self._snapshot() as db:
+            rows = db.execute(
+                "SELECT o.name, e.id, k.tenant, e.meter, e.value, e.window_ms, d.reason, d.answer, d.at_ms,"
+                " d.first_attempt_ms FROM dead d CROSS JOIN events e ON e.seq=d.seq"
+                " JOIN keys k ON k.key=e.key JOIN outputs o ON o.output=d.output"
+                " WHERE d.output BETWEEN ?1 AND ?2 AND (?3 IS NULL OR d.reason=?3)"
+                " ORDER BY d.output, d.seq LIMIT ?4",
+                (*_range(db, output), reason, limit),
+            ).fetchall()
+        return tuple(DeadLetter(*row) for row in rows)
+
+    def ambiguous(self, output: str | None = None, limit: int = 100) -> tuple[Doubtful, ...]:
+        """Events that were accepted when the endpoint may have forgotten an earlier attempt; latest first.
+
+        It reads the whole ledger where there are few. Raises UsageError for an output that does not exist.
+        """
+        with self._snapshot() as db:
+            rows = db.execute(
+                "SELECT o.name, l.id, k.tenant, l.meter, l.value, l.window_ms, l.at_ms FROM ledger l"
+                " JOIN keys k ON k.key=l.key JOIN outputs o ON o.output=l.output"
+                " WHERE l.output BETWEEN ? AND ? AND l.fate='delivered_ambiguous'"
+                " ORDER BY l.entry DESC LIMIT ?",
+                (*_range(db, output), limit),
+            ).fetchall()
+        return tuple(Doubtful(*row) for row in rows)
+
+    def letters(
+        self, output: str | None = None, reason: str | None = None
+    ) -> Iterator[tuple[DeadLetter, bytes]]:
+        """All dead letters with their bytes, oldest first, read in slices.
+
+        Raises UsageError for an output that does not exist.
+        """
+        after = (-1, -1)
+        while True:
+            with self._snapshot() as db:
+                rows = db.execute(
+                    "SELECT d.output, d.seq, e.body, o.name, e.id, k.tenant, e.meter, e.value, e.window_ms,"
+                    " d.reason, d.answer, d.at_ms, d.first_attempt_ms FROM dead d"
+                    " CROSS JOIN events e ON e.seq=d.seq JOIN keys k ON k.key=e.key"
+                    " JOIN outputs o ON o.output=d.output WHERE (d.output, d.seq) > (?, ?)"
+                    " AND d.output BETWEEN ? AND ? AND (?5 IS NULL OR d.reason=?5)"
+                    " ORDER BY d.output, d.seq LIMIT 1000",
+                    (*after, *_range(db, output), reason),
+                ).fetchall()
+            if not rows:
+                return
+            for row in rows:
+                yield DeadLetter(*row[3:]), row[2]
+            after = rows[-1][0], rows[-1][1]
+
+    # --- unattributed -----------------------------------------------------------------------------------
+
+    def unattributed(self, limit: int = 100) -> tuple[HeldUsage, ...]:
+        """Usage of nobody, latest hour first, within it the most rows first."""
+        with self._snapshot() as db:
+            rows = db.execute(
+                "SELECT digest, hour_ms, reason, identity, rows, amounts, first_ms, last_ms FROM held"
+                " ORDER BY hour_ms DESC, rows DESC, digest LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return tuple(
+            HeldUsage(digest.hex(), hour_ms, reason, unpack(packed), count, json.loads(amounts), first, last)
+            for digest, hour_ms, reason, packed, count, amounts, first, last in rows
+        )
+
+
+def _size(path: Path, suffix: str) -> int:
+    try:
+        return path.with_name(path.name + suffix).stat().st_size
+    except OSError:
+        return 0
+
+
+def _range(db: sqlite3.Connection, output: str | None) -> tuple[int, int]:
+    """The numbers of the outputs that are meant, as bounds that an index can use."""
+    if output is None:
+        return _ALL_OUTPUTS
+    row = db.execute("SELECT output FROM outputs WHERE name=?", (output,)).fetchone()
+    if row is None:
+        known = [name for (name,) in db.execute("SELECT name FROM outputs ORDER BY output")]
+        raise UsageError(f"there is no output {output!r}", hint=f"outputs are {', '.join(known) or 'none'}")
+    return row[0], row[0]
+
+
+def _waiting(db: sqlite3.Connection, seq: int) -> list[Place]:
+    """The outputs that have not settled an event, and those that refused it."""
+    places = [
+        Place(
+            name,
+            "pending" if batch is None else "attempted",
+            first_attempt_ms=first_attempt_ms,
+            attempts=attempts,
+            not_before_ms=not_before_ms,
+            answer=answer,
+        )
+        for name, batch, first_attempt_ms, attempts, not_before_ms, answer in db.execute(
+            "SELECT o.name, d.batch, d.first_attempt_ms, coalesce(b.attempts, 0), b.not_before_ms,"
+            " coalesce(b.answer, '') FROM outputs o CROSS JOIN deliveries d ON d.output=o.output"
+            " LEFT JOIN batches b ON b.batch=d.batch WHERE d.seq=? ORDER BY o.output",
+            (seq,),
+        )
+    ]
+    places.extend(
+        Place(name, "dead", at_ms=at_ms, first_attempt_ms=first_attempt_ms, reason=reason, answer=answer)
+        for name, at_ms, first_attempt_ms, reason, answer in db.execute(
+            "SELECT o.name, d.at_ms, d.first_attempt_ms, d.reason, d.answer FROM outputs o"
+            " CROSS JOIN dead d ON d.output=o.output WHERE d.seq=? ORDER BY o.output",
+            (seq,),
+        )
+    )
+    return places

@@ -1,0 +1,218 @@
+"""A disk that is full or read-only: said clearly at the start, outlived while running, counted at a stop.
+
+The small disks are file systems of their own, which only root may mount; elsewhere those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import AlsClient, World
+from program import Sink, eventually
+from wire import http_row, message
+
+from proxy_usage.demo.billing import BillingStandIn
+from proxy_usage.demo.checks import METERS
+from proxy_usage.demo.faults import Fault, Faults
+
+pytestmark = pytest.mark.e2e
+
+NOWHERE = "http://127.0.0.1:9/v1/usage/events:batchIngest"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, 24 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+def fill(place: Path) -> Path:
+    """Takes all the room there is."""
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    continue
+            except OSError:
+                continue
+    return filler
+
+
+async def test_a_store_on_a_read_only_disk(tmp_path: Path, disk: Path) -> None:
+    remount(disk, "ro")
+    ended = await Sink(tmp_path, url=NOWHERE, settings={"store": {"path": str(disk / "usage.db")}}).run()
+    assert ended.status == 78
+    assert str(disk) in ended.said
+    assert "hint: " in ended.said
+    assert "Traceback" not in ended.said
+
+
+async def test_a_store_on_a_full_disk(tmp_path: Path, disk: Path) -> None:
+    fill(disk)
+    ended = await Sink(tmp_path, url=NOWHERE, settings={"store": {"path": str(disk / "usage.db")}}).run()
+    assert ended.status == 1
+    assert str(disk) in ended.said
+    assert "No space left" in ended.said or "full" in ended.said
+    assert "Traceback" not in ended.said
+
+
+async def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, disk: Path) -> None:
+    async with World(tmp_path, settings={"store": {"path": str(disk / "usage.db")}}) as world:
+        sink = world.sink
+        await world.send(100)
+        await world.equal()
+        filler = fill(disk)
+        await send_until_full(world)
+        await eventually(lambda: _counted(sink, world.truth.requests), "rows are read on", why=sink.said)
+        metrics = await sink.metrics()
+        assert metrics["store_refused_turns_total"] >= 1
+        assert metrics["store_reserve"] == 0  # given up, so that the ledger can make room
+        assert metrics["ledger_rolled_rows_total"] >= 1
+        filler.unlink()
+        await world.equal()
+        assert await sink.reasons() == {}
+        await eventually(lambda: _has_reserve(sink), "the reserve is made again", why=sink.said)
+        with sink.reader() as reader:
+            assert reader.conservation(deep=True).balanced
+        assert await sink.stop() == 0
+
+
+async def send_until_full(world: World) -> None:
+    """Sends until readiness names the store: pages that SQLite already has are room for a while."""
+
+    async def says_so() -> bool:
+        return "store" in await world.sink.reasons()
+
+    for _ in range(50):
+        await world.send(100)
+        if await says_so():
+            break
+    await eventually(says_so, "readiness names the store", why=world.sink.said)
+
+
+async def test_stopped_while_the_disk_is_full(tmp_path: Path, disk: Path) -> None:
+    async with World(tmp_path, settings={"store": {"path": str(disk / "usage.db")}}) as world:
+        sink = world.sink
+        await world.send(100)
+        await world.equal()
+        filler = fill(disk)
+        await send_until_full(world)
+        await world.send(100)
+        await eventually(lambda: _counted(sink, world.truth.requests), "rows are read on", why=sink.said)
+        await sink.stop()
+        assert "stopping with usage that the store does not take" in sink.said()
+        gone = sink.read() - sink.saved()
+        assert gone >= 100
+        filler.unlink()
+        await sink.start()
+        assert sink.lost() == gone
+        await eventually(sink.idle, "everything is settled", why=sink.said)
+        assert sink.read() == sink.with_a_fate() + gone
+        with sink.reader() as reader:
+            assert reader.conservation(deep=True).balanced
+            assert _requests(world) == reader.status().rows["counted"][""]
+        assert world.billing.arrived.violations == []
+
+
+SMALL = {"max_bytes": "1MiB", "ledger_max_bytes": "100KiB"}
+
+
+async def test_a_store_near_its_limit_merges_and_goes_on(tmp_path: Path) -> None:
+    """Few tenants, many windows: merged within their hour they fit for as long as the endpoint is away."""
+    async with World(tmp_path, settings={"store": SMALL}) as world:
+        sink = world.sink
+        world.billing.faults = Faults(always=Fault.UNAVAILABLE)
+
+        async def merged() -> bool:
+            await world.send(100)
+            return (await sink.metrics())["events_merged_total"] >= 100
+
+        await eventually(merged, "events are merged", why=sink.said)
+        world.billing.faults = Faults()
+        await world.equal()
+        assert await sink.reasons() == {}
+        assert "checkpoint failed" not in sink.said()
+        with sink.reader() as reader:
+            assert reader.conservation(deep=True).balanced
+
+
+async def test_a_store_at_its_limit_refuses_and_loses_nothing(tmp_path: Path) -> None:
+    """Each row of a tenant of its own: there is nothing to merge, and usage waits in memory."""
+    async with (
+        BillingStandIn() as billing,
+        Sink(tmp_path, url=billing.url, settings={"store": SMALL}) as sink,
+    ):
+        billing.faults = Faults(always=Fault.UNAVAILABLE)
+        sent = 0
+        async with AlsClient(sink.grpc_port) as client:
+
+            async def says_so() -> bool:
+                nonlocal sent
+                rows = [
+                    http_row(
+                        start_ns=time.time_ns() - 2_000_000,
+                        tags={"project_name": f"t-{sent + number}"},
+                        wire=(10, 100),
+                        route="httproute/ns-a/web/rule/0/match/0/a",
+                    )
+                    for number in range(50)
+                ]
+                await client.send(message(*rows, node_id="envoy-1"))
+                sent += len(rows)
+                return "store full: " in (await sink.reasons()).get("store", "")
+
+            await eventually(says_so, "readiness names the store", why=sink.said, poll_s=0.3)
+        assert "raise store.max_bytes" in sink.log.read_text()
+        assert (await sink.metrics())["store_refused_turns_total"] >= 1
+        assert (
+            sum(path.stat().st_size for path in tmp_path.glob("usage.db*") if path.suffix != ".intake")
+            <= 1 << 20
+        )
+        billing.faults = Faults()
+        await eventually(
+            lambda: sum(value for (_, meter), value in billing.sums().items() if meter == METERS[0]) == sent,
+            "everything is delivered",
+            why=sink.said,
+        )
+        await eventually(sink.idle, "everything is settled", why=sink.said)
+        assert await sink.reasons() == {}
+        with sink.reader() as reader:
+            assert reader.conservation(deep=True).balanced
+
+
+async def _has_reserve(sink: Sink) -> bool:
+    return (await sink.metrics())["store_reserve"] == 1
+
+
+def _requests(world: World) -> int:
+    return sum(value for (_, meter), value in world.billing.sums().items() if meter == METERS[0])
+
+
+async def _counted(sink: Sink, rows: int) -> bool:
+    """By /metrics, which know of rows that the store does not take."""
+    return (await sink.metrics())["entries_counted_total"] == rows
+
+
+def _saved(sink: Sink, rows: int) -> bool:
+    """By the store: only what is there can be looked for at the endpoint."""
+    with sink.reader() as reader:
+        return sum(reader.status().rows.get("counted", {}).values()) == rows

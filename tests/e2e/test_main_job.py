@@ -1,0 +1,172 @@
+"""The main job: what four tenants sent through a real Envoy is what the billing endpoint was told, exactly.
+
+One run, looked at from all sides: by the client's socket, by Envoy's log file, by a second consumer of the
+same rows, by the endpoint, by the sink's own store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from envoy.data.accesslog.v3 import accesslog_pb2
+from harness import Row, World
+from program import intake_rows
+
+from proxy_usage.demo.arrived import Arrived
+from proxy_usage.demo.checks import METERS
+from proxy_usage.demo.compare import Spent
+from proxy_usage.demo.truth import NO_ROUTE, Truth
+from proxy_usage.model import NS_PER_SECOND
+from proxy_usage.store.reader import Reader
+from proxy_usage.store.views import Conservation, Status
+
+pytestmark = pytest.mark.e2e
+
+REQUESTS, INGRESS, EGRESS, SECONDS = METERS
+SENT = 2_400
+STRAYS = 24
+HTTP = accesslog_pb2.HTTPAccessLogEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is left when everything was sent, delivered and stopped."""
+
+    truth: Truth
+    tenants: frozenset[str]
+    arrived: Arrived
+    spent: Mapping[str, Spent]
+    answers: Counter[str]
+    recorded: tuple[Row, ...]
+    exit_status: int
+    intake: Mapping[str, int]
+    status: Status
+    conservation: Conservation
+
+    @property
+    def ended(self) -> list[Any]:
+        """Recorded rows of requests that some tenant's route took."""
+        return [
+            row.entry
+            for row in self.recorded
+            if row.log_name == "http" and row.entry.common_properties.route_name
+        ]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
+    directory = tmp_path_factory.mktemp("main")
+    async with World(directory, tenants=4, record=True, concurrency=2) as world:
+        await world.send(SENT, strays=STRAYS)
+        await world.stop_envoy()
+        await world.equal()
+        exit_status = await world.sink.stop()
+        assert world.recorder is not None
+        with Reader(world.sink.store) as reader:
+            yield Run(
+                truth=world.truth,
+                tenants=frozenset(tenant.name for tenant in world.tenants),
+                arrived=world.billing.arrived,
+                spent=world.log.spent,
+                answers=world.billing.answers,
+                recorded=tuple(world.recorder.rows()),
+                exit_status=exit_status,
+                intake=intake_rows(world.sink.store),
+                status=reader.status(),
+                conservation=reader.conservation(deep=True),
+            )
+
+
+def test_the_load_is_what_it_should_be(run: Run) -> None:
+    assert run.truth.requests == SENT + STRAYS
+    assert run.truth.counts[NO_ROUTE].requests == STRAYS
+    assert set(run.truth.tenants()) == run.tenants
+    statuses = sum((count.statuses for count in run.truth.counts.values()), Counter[int]())
+    assert {200, 204, 304, 404, 503} <= set(statuses)
+    assert {route for _, route in run.truth.by_route()} == {"web", "api", "broken", "static"}
+    protocols = Counter(entry.protocol_version for entry in run.ended)
+    assert min(protocols[HTTP.HTTP11], protocols[HTTP.HTTP2]) > SENT // 4
+    assert all(count.body_in and count.body_out for count in run.truth.tenants().values())
+
+
+def test_requests_and_bytes_per_tenant_meter_and_route_are_the_clients(run: Run) -> None:
+    delivered = {key: sum_ for key, sum_ in run.arrived.by_route().items() if key[2] != SECONDS}
+    assert delivered == {
+        (tenant, route, meter): amount
+        for (tenant, route), count in run.truth.by_route().items()
+        for meter, amount in (
+            (REQUESTS, count.requests),
+            (INGRESS, count.wire_in),
+            (EGRESS, count.wire_out),
+        )
+    }
+
+
+def test_time_is_the_sum_of_the_rows_durations_to_the_nanosecond(run: Run) -> None:
+    open_ns: Counter[tuple[str, str]] = Counter()
+    for entry in run.ended:
+        common = entry.common_properties
+        tenant, route = common.custom_tags["project_name"], common.route_name.split("/")[2]
+        open_ns[tenant, route] += common.duration.ToNanoseconds()
+    assert sum(open_ns.values()) > 10 * NS_PER_SECOND
+    # Whole seconds are billed per route, and what is left of them is carried: nothing is ever rounded.
+    expected = {key: ns // NS_PER_SECOND for key, ns in open_ns.items() if ns >= NS_PER_SECOND}
+    delivered = {key[:2]: sum_ for key, sum_ in run.arrived.by_route().items() if key[2] == SECONDS}
+    assert delivered == expected
+    (terms,) = (meter for meter in run.status.meters if meter.meter == "connection_seconds")
+    assert terms.counted == sum(open_ns.values())
+    assert terms.remainders == sum(ns % NS_PER_SECOND for ns in open_ns.values())
+    assert terms.minted.value == sum(expected.values())
+    assert (terms.open, terms.held, terms.written_off) == (0, 0, 0)
+
+
+def test_time_is_what_envoys_own_log_file_says(run: Run) -> None:
+    delivered = run.arrived.sums()
+    assert set(run.spent) == run.tenants
+    for tenant, spent in run.spent.items():
+        assert spent.rows == run.truth.tenants()[tenant].requests
+        assert spent.allows(delivered[tenant, SECONDS]), (tenant, spent, delivered[tenant, SECONDS])
+
+
+def test_nothing_of_nobody_is_delivered(run: Run) -> None:
+    assert {stored.tenant for stored in run.arrived.stored.values()} == run.tenants
+    assert run.status.unattributed == 0  # strays name no route: skipped by default, not held
+
+
+def test_every_event_is_flawless_and_sent_once(run: Run) -> None:
+    assert run.arrived.violations == []
+    assert run.arrived.duplicates == 0
+    assert set(run.answers) == {"200"}
+    (output,) = run.status.outputs
+    assert (
+        output.delivered == len(run.arrived.stored) == sum(terms.minted.events for terms in run.status.meters)
+    )
+
+
+def test_every_row_envoy_sent_was_read_and_has_one_fate(run: Run) -> None:
+    logs = Counter(row.log_name for row in run.recorded)
+    assert logs["http"] == SENT + STRAYS
+    assert logs["conn"] > 0
+    assert sum(run.intake.values()) == sum(logs.values())
+    assert run.status.intake == run.intake
+    assert run.status.rows == {
+        "counted": {"": SENT},
+        "skipped": {"no_route": STRAYS, "listener": logs["conn"]},
+    }
+    assert run.status.crash_lost == {}
+
+
+def test_the_store_adds_up_row_by_row(run: Run) -> None:
+    assert run.conservation.deep
+    assert run.conservation.balanced, run.conservation
+    assert all(terms.difference == 0 for terms in run.conservation.meters)
+    assert all(terms.balanced for terms in run.conservation.outputs)
+
+
+def test_the_sink_ends_well(run: Run) -> None:
+    assert run.exit_status == 0

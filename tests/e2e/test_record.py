@@ -1,0 +1,102 @@
+"""Recording what arrives, and what the recording adds up to."""
+
+import asyncio
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import AlsClient
+from program import Sink
+from wire import captured
+
+pytestmark = pytest.mark.e2e
+
+AT = "2026-11-21T12:00:00Z"
+
+
+async def _send(sink: Sink, name: str) -> int:
+    """A capture, each of its streams on a stream of its own. Returns how many messages that were."""
+    streams: dict[int, list[bytes]] = defaultdict(list)
+    for stream, raw in captured(name):
+        streams[stream].append(raw)
+    async with AlsClient(sink.grpc_port) as client:
+        for messages in streams.values():
+            await client.send(*messages)
+    return sum(map(len, streams.values()))
+
+
+async def _recorded(sink: Sink, path: Path, *options: str, name: str) -> int:
+    """Records while a capture is sent, until it is all in the file."""
+    recording = asyncio.create_task(
+        sink.cli("record", str(path), "--seconds", "4", "--json", *options), name="record"
+    )
+    while not path.exists():
+        assert not recording.done(), (await recording).said
+        await asyncio.sleep(0.05)
+    sent = await _send(sink, name)
+    ended = await recording
+    assert ended.status == 0, ended.said
+    answer = json.loads(ended.said[ended.said.index("{") :])
+    assert (answer["messages"], answer["ended"]) == (sent, "time")
+    return sent
+
+
+async def _totals(sink: Sink, path: Path) -> Any:
+    ended = await sink.cli("explain", str(path), "--replay", "--at", AT, "--json")
+    assert ended.status == 0, ended.said
+    return json.loads(ended.said)
+
+
+async def test_a_recording_adds_up_to_what_was_sent(tmp_path: Path) -> None:
+    async with Sink(
+        tmp_path, url="http://127.0.0.1:1/", settings={"envoy": {"flush_interval": "1s"}}
+    ) as sink:
+        plain, hashed = tmp_path / "plain.binpb", tmp_path / "hashed.binpb"
+        messages = await _recorded(sink, plain, name="h1_basic")
+        await _recorded(sink, hashed, "--hash", name="h1_basic")
+        original = Path(__file__).parent.parent / "data" / "captures" / "h1_basic.binpb"
+        totals = await _totals(sink, plain)
+        assert totals == await _totals(sink, original) == await _totals(sink, hashed)
+        assert totals["tenants"]["alpha"]["requests"] > 0
+
+        received = json.loads(plain.with_suffix(".received.json").read_text())
+        assert len(received) == messages == len(json.loads(plain.with_suffix(".streams.json").read_text()))
+        assert plain.stat().st_mode & 0o777 == hashed.stat().st_mode & 0o777 == 0o600
+        assert b"/size/1000" in plain.read_bytes()
+        assert b"/size/1000" not in hashed.read_bytes()
+        assert b"127.0.0.1" not in hashed.read_bytes()
+
+        again = await sink.cli("record", str(plain))
+        assert again.status == 2
+        assert "File exists" in again.said
+
+
+async def test_a_recording_is_bounded(tmp_path: Path) -> None:
+    async with Sink(tmp_path, url="http://127.0.0.1:1/") as sink:
+        path = tmp_path / "small.binpb"
+        recording = asyncio.create_task(
+            sink.cli("record", str(path), "--size", "100KiB", "--seconds", "60", "--print")
+        )
+        while not path.exists():
+            assert not recording.done(), (await recording).said
+            await asyncio.sleep(0.05)
+        await _send(sink, "h1_basic")  # its first message alone is larger, with the node in it
+        ended = await recording
+        assert ended.status == 0
+        assert "as large as it may be" in ended.said
+        assert path.stat().st_size <= 100 << 10
+        printed = [json.loads(line) for line in ended.said.splitlines() if line.startswith("{")]
+        assert printed
+        assert all(line["typed"]["request"]["path"] for line in printed if "request" in line["typed"])
+
+
+async def test_without_a_service_nothing_is_recorded(tmp_path: Path) -> None:
+    sink = Sink(tmp_path, url="http://127.0.0.1:1/")
+    async with sink:
+        assert await sink.stop() == 0
+    ended = await sink.cli("record", str(tmp_path / "none.binpb"))
+    assert ended.status == 1
+    assert "no service runs here" in ended.said
+    assert not (tmp_path / "none.binpb").exists()

@@ -1,0 +1,244 @@
+"""A real Envoy that proves who it is, peers that pose as it, and clients that pose as other tenants."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from listening import Client
+from pki import Authority, Pair
+from program import Sink, eventually
+from wire import DOWNSTREAM_END, DOWNSTREAM_PERIODIC, http_row, message
+
+from proxy_usage.demo.billing import BillingStandIn
+from proxy_usage.demo.bootstrap import EnvoyOptions, bootstrap
+from proxy_usage.demo.checks import METERS
+from proxy_usage.demo.compare import AccessLog, differences
+from proxy_usage.demo.envoy import EnvoyProcess
+from proxy_usage.demo.http1 import Http1Client
+from proxy_usage.demo.traffic import mixed
+from proxy_usage.demo.truth import Truth, tenants
+from proxy_usage.demo.upstream import Upstream
+
+pytestmark = pytest.mark.e2e
+
+LOCAL = "127.0.0.1"
+GUIDE = Path(__file__).parents[2] / "deploy" / "envoy" / "README.md"
+TLS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+SPIFFE = "spiffe://example.org/envoy/"
+
+
+def transport_socket(ca: Path, pair: Pair) -> dict[str, Any]:
+    """How an Envoy proves to the sink who it is."""
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": TLS_TYPE,
+            "sni": "sink.example.org",
+            "common_tls_context": {
+                "tls_params": {"tls_maximum_protocol_version": "TLSv1_3"},
+                "tls_certificates": [
+                    {
+                        "certificate_chain": {"filename": str(pair.cert)},
+                        "private_key": {"filename": str(pair.key)},
+                    }
+                ],
+                "validation_context": {
+                    "trusted_ca": {"filename": str(ca)},
+                    "match_typed_subject_alt_names": [
+                        {"san_type": "DNS", "matcher": {"exact": "sink.example.org"}}
+                    ],
+                },
+            },
+        },
+    }
+
+
+def loggers(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The gRPC loggers of an Envoy."""
+    (listener,) = document["static_resources"]["listeners"]
+    manager = connection_manager(document)
+    return [
+        one["typed_config"]
+        for one in (*listener["access_log"], *manager["access_log"])
+        if "grpc" in one["name"]
+    ]
+
+
+def connection_manager(document: Mapping[str, Any]) -> dict[str, Any]:
+    (listener,) = document["static_resources"]["listeners"]
+    manager: dict[str, Any] = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    return manager
+
+
+async def test_an_envoy_with_certificate_and_token_is_billed_exactly_while_its_connections_are_renewed(
+    tmp_path: Path,
+) -> None:
+    """A connection lives a second: some ten renewals under load, and not a row is missing."""
+    authority = Authority(tmp_path, "ours")
+    server = authority.issue("sink", dns=["sink.example.org"])
+    pair = authority.issue("envoy", uri=[f"{SPIFFE}demo-envoy"])
+    (tmp_path / "token").write_text("s3cret")
+    listen = {
+        "tls": {
+            "cert_file": str(server.cert),
+            "key_file": str(server.key),
+            "client_ca_file": str(authority.file),
+            "allow_san": [f"uri:{SPIFFE}*"],
+            "node_from_san": f"{SPIFFE}(.*)",
+        },
+        "token_file": str(tmp_path / "token"),
+        "limits": {"connection_age": "1s"},
+    }
+    truth = Truth()
+    log = AccessLog(tmp_path / "access.jsonl", truth)
+    async with BillingStandIn() as billing, Upstream() as upstream:
+        sink = Sink(tmp_path / "sink", url=billing.url, settings={"listen": listen})
+        async with sink:
+            options = EnvoyOptions(
+                tenants=tenants(3),
+                upstream=(LOCAL, upstream.port),
+                als=[(LOCAL, sink.grpc_port)],
+                access_log=tmp_path / "access.jsonl",
+                health_check=False,  # a check without a certificate would be refused, as it should be
+            )
+            document = bootstrap(options)
+            cluster = next(one for one in document["static_resources"]["clusters"] if one["name"] == "usage")
+            cluster["transport_socket"] = transport_socket(authority.file, pair)
+            for logger in loggers(document):
+                logger["common_config"]["grpc_service"]["initial_metadata"] = [
+                    {"key": "authorization", "value": "Bearer s3cret"}
+                ]
+            async with EnvoyProcess(document, tmp_path, concurrency=2) as envoy:
+                end = time.monotonic() + 12
+                while time.monotonic() < end:
+                    await mixed(
+                        LOCAL,
+                        envoy.port,
+                        tenants(3),
+                        requests=300,
+                        seed=int(end - time.monotonic()),
+                        truth=truth,
+                    )
+                connections = await envoy.stats("cluster.usage.upstream_cx_total")
+                await envoy.drain()
+
+            def wrong() -> list[str]:
+                log.follow()
+                return differences(truth, billing.arrived, log.spent)
+
+            await eventually(lambda: not wrong(), "the bill is right", why=wrong)
+            assert connections["cluster.usage.upstream_cx_total"] >= 10
+            metrics = await sink.metrics()
+            assert not [name for name in metrics if name.startswith("receiver_refused_streams_total")]
+
+
+async def test_a_peer_cannot_touch_the_streams_of_another(tmp_path: Path) -> None:
+    """Node id, connection id, start and stream id are the same: all that a sender can choose."""
+    authority = Authority(tmp_path, "ours")
+    server = authority.issue("sink", dns=["sink.example.org"])
+    honest = authority.issue("honest", uri=[f"{SPIFFE}edge-1"])
+    evil = authority.issue("evil", uri=[f"{SPIFFE}evil"])
+    tls = {"cert_file": str(server.cert), "key_file": str(server.key), "client_ca_file": str(authority.file)}
+    settings = {"listen": {"tls": {**tls, "allow_san": ["uri:*"]}}, "envoy": {"flush_interval": "60s"}}
+    start_ns = time.time_ns() - 300 * 1_000_000_000
+
+    def row(tenant: str, kind: int, total: int, seconds: int) -> bytes:
+        tags = {"project_name": tenant, "conn_id": "7", "dur_ms": str(seconds * 1_000)}
+        ended = kind == DOWNSTREAM_END
+        one = http_row(
+            type=kind,
+            start_ns=start_ns,
+            duration_ns=seconds * 1_000_000_000 if ended else None,
+            wire=(total, total),
+            tags=tags,
+            stream_id="same",
+        )
+        return message(one, node_id="edge-1")
+
+    async with BillingStandIn() as billing:
+        sink = Sink(tmp_path / "sink", url=billing.url, settings=settings)
+        async with (
+            sink,
+            Client(sink.grpc_port, ca=authority.file, pair=honest) as good,
+            Client(sink.grpc_port, ca=authority.file, pair=evil) as bad,
+        ):
+            await good.send(row("alpha", DOWNSTREAM_PERIODIC, 1_000, 60))
+            # A total of its own, and an end: taken for the other, nothing that follows would count.
+            await bad.send(
+                row("bravo", DOWNSTREAM_PERIODIC, 10**12, 120), row("bravo", DOWNSTREAM_END, 10**12, 180)
+            )
+            await good.send(
+                row("alpha", DOWNSTREAM_PERIODIC, 3_000, 120), row("alpha", DOWNSTREAM_END, 7_000, 200)
+            )
+            expected = {METERS[0]: 1, METERS[1]: 7_000, METERS[2]: 7_000, METERS[3]: 200}
+
+            def billed() -> dict[str, int]:
+                return {
+                    meter: value for (tenant, meter), value in billing.sums().items() if tenant == "alpha"
+                }
+
+            await eventually(lambda: billed() == expected, "alpha pays for its own, to the byte", why=billed)
+            assert billing.sums()["bravo", METERS[1]] == 10**12
+
+
+def guide() -> list[Any]:
+    """The snippets about a tenant in a header, as the guide has them."""
+    text = GUIDE.read_text()
+    section = text[text.index("## A tenant from a request header") : text.index("## What to know")]
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)]
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+async def test_a_client_cannot_choose_its_tenant_where_envoy_does_what_the_guide_says(
+    tmp_path: Path, stripped: bool
+) -> None:
+    """With only half of it, as the guide warns, a client can: by a request without a route."""
+    early, adding = guide()
+    header = "x-datum-project"
+    settings = {
+        "tenant": {"rules": [{"request_header": header, "trusted": True}], "no_route": "hold"},
+    }
+    async with BillingStandIn() as billing, Upstream() as upstream:
+        sink = Sink(tmp_path / "sink", url=billing.url, settings=settings)
+        async with sink:
+            (alpha,) = tenants(1)
+            options = EnvoyOptions(
+                tenants=[alpha], upstream=(LOCAL, upstream.port), als=[(LOCAL, sink.grpc_port)]
+            )
+            document = bootstrap(options)
+            manager = connection_manager(document)
+            if stripped:
+                manager.update(early)
+            (host,) = manager["route_config"]["virtual_hosts"]
+            host.update(adding)
+            for logger in loggers(document):
+                if "Http" in logger["@type"]:
+                    logger["additional_request_headers_to_log"] = [header]
+            async with (
+                EnvoyProcess(document, tmp_path) as envoy,
+                Http1Client(LOCAL, envoy.port) as client,
+            ):
+                claims = ((header, "victim"),)
+                for authority in (alpha.host, "nobody.example.net"):
+                    await client.request("GET", authority, "/size/10", headers=claims)
+                await client.request("GET", alpha.host, "/size/10")
+                await envoy.drain()
+
+            def requests() -> dict[str, int]:
+                return {
+                    tenant: value for (tenant, meter), value in billing.sums().items() if meter == METERS[0]
+                }
+
+            def counted() -> int:
+                with sink.reader() as reader:
+                    return reader.status().rows.get("counted", {}).get("", 0)
+
+            await eventually(lambda: counted() == 3, "every row has its fate", why=sink.said)
+            await eventually(sink.idle, "all that is billed is delivered", why=sink.said)
+            assert requests() == {"alpha": 2} | ({} if stripped else {"victim": 1})

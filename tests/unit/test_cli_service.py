@@ -1,0 +1,105 @@
+"""Verbs beside a running service: started, asked, told to replay, and stopped as a person would."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_call import Caller
+from made_store import MadeStore
+
+from proxy_usage.control import NotRunning, socket_path
+from proxy_usage.control import call as control
+from proxy_usage.store import Fate
+
+
+@pytest.fixture
+def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Caller:
+    caller = Caller(tmp_path, capsys)
+    with MadeStore(caller.store) as store:
+        store.use("alpha", 2, 0)
+        store.close_windows()
+        store.answer(store.send(), Fate("dead", 200, "rejected", "unknown meter"))
+    return caller
+
+
+@pytest.fixture
+def service(call: Caller, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "proxy_usage", "run", "--config", str(call.config)],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for _ in range(600):
+            try:
+                control(socket_path(call.store), "status")
+                break
+            except NotRunning:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_running_service_is_asked_and_replays_itself(
+    call: Caller, service: "subprocess.Popen[bytes]"
+) -> None:
+    asked = call("status", "--json").json
+    assert asked["service"]["alive"] is True
+    assert asked["outputs"][0]["dead"] == 1
+    assert asked["service"]["space"]["pressure"] == "none"
+    assert "service       running, " in call("status").out
+    assert call("deadletters", "replay", "--json").json == {"replayed": 1, "too_late": 0, "service": True}
+    assert call("deadletters", "ls", "--json").json == {"deadletters": []}
+    refused = call("deadletters", "replay", "01ARZ3NDEKTSV4RRFFQ69G5FAV")
+    assert (refused.code, "not a dead letter" in refused.err) == (2, True)
+
+
+def test_a_second_service_is_told_who_owns_the_store(
+    call: Caller, service: "subprocess.Popen[bytes]"
+) -> None:
+    second = call("run")
+    assert second.code == 1
+    assert f"is in use by pid {service.pid} on host " in second.err
+    assert call("status", "--json").json["service"]["alive"] is True
+
+
+def test_a_service_that_is_stopped_drains_and_leaves_no_socket(
+    call: Caller, service: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(timeout=60) == 0
+    assert not socket_path(call.store).exists()
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["event"] == "drained"
+    assert call("status", "--json").json["service"] is None
+
+
+def test_a_running_service_decides_about_stuck_usage_itself(
+    call: Caller, service: "subprocess.Popen[bytes]"
+) -> None:
+    redated = call("deadletters", "replay", "--redate", "--json").json
+    assert redated == {"redated": 1, "doubtful": 0, "service": True}
+    (event,) = call("queue", "ls", "--output", "billing", "--json").json["events"]
+    assert event["tenant"] == "alpha"
+    released = call("unattributed", "replay", "--json").json
+    assert released == {
+        "released": 0,
+        "minted": 0,
+        "unattributed": 0,
+        "too_late": 0,
+        "lost": 0,
+        "service": True,
+    }
+    for verb in (("outputs", "retire", "billing"), ("outputs", "retire", "nonesuch")):
+        refused = call(*verb)
+        assert (refused.code, "hint:" in refused.err) == (2, True)
+    assert call("unattributed", "replay", "--id", "00").code == 2
+    assert call("deadletters", "replay", "--redate", event["id"]).code == 2

@@ -1,0 +1,389 @@
+"""Mistakes between keys, and in the outputs, are named with their line, key and a remedy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from proxy_usage.config import load_text
+from proxy_usage.config.checks import store_findings
+from proxy_usage.errors import ConfigError
+
+OUTPUT = "outputs: [{name: b, url: 'http://localhost:8080/x'}]\n"
+
+
+def mistakes(text: str, base: Path, env: dict[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_text(text, origin="c.yaml", base=base, env=env or {})
+    assert caught.value.exit_code == 78
+    return caught.value.mistakes
+
+
+# Text behind OUTPUT (which is line 1), expected line, key, part of what is said to be wrong, of the remedy.
+ONE_MISTAKE = {
+    "one port twice": (
+        "listen: {http: 127.0.0.1:9001}",
+        2,
+        "listen.http",
+        "listen.grpc already",
+        "its own port",
+    ),
+    "plaintext for all": ("listen: {grpc: 0.0.0.0:9001}", 2, "listen.grpc", "plaintext", "insecure: true"),
+    "plaintext by name": ("listen: {http: metrics:9001}", 2, "listen.http", "plaintext", "insecure: true"),
+    "half of TLS": ("listen: {tls: {cert_file: there}}", 2, "listen.tls.key_file", "is missing", "cert_file"),
+    "the other half": (
+        "listen: {tls: {key_file: there}}",
+        2,
+        "listen.tls.cert_file",
+        "is missing",
+        "key_file",
+    ),
+    "names without certificates": (
+        "listen: {tls: {cert_file: there, key_file: there, allow_san: [a]}}",
+        2,
+        "listen.tls.allow_san",
+        "none are asked for",
+        "client_ca_file",
+    ),
+    "message beyond gRPC": (
+        "listen: {limits: {message: 2GiB}}",
+        2,
+        "listen.limits.message",
+        "gRPC",
+        "2047MiB",
+    ),
+    "frames beyond HTTP/2": ("listen: {limits: {window: 8kB}}", 2, "listen.limits.window", "HTTP/2", "1MiB"),
+    "streams without interval": (
+        "listen: {streams: 127.0.0.1:9002}",
+        2,
+        "listen.streams",
+        "envoy.flush_interval is off",
+        "access_log_flush_interval",
+    ),
+    "no rules": ("tenant: {rules: []}", 2, "tenant.rules", "nobody would be billed", "add a rule"),
+    "no source": (
+        "tenant: {rules: [{trusted: false}]}",
+        2,
+        "tenant.rules[0]",
+        "names no source",
+        "exactly one",
+    ),
+    "two sources": (
+        "tenant:\n  rules:\n    - custom_tag: a\n      sni: true",
+        4,
+        "tenant.rules[0]",
+        "2 sources: custom_tag, sni",
+        "keep one",
+    ),
+    "two patterns": (
+        "dimensions: {a: {route_name: x, pattern: y}}",
+        2,
+        "dimensions.a.pattern",
+        "already is a regular expression",
+        "route_name: true",
+    ),
+    "pattern of a literal": (
+        "dimensions: {a: {literal: x, pattern: y}}",
+        2,
+        "dimensions.a.pattern",
+        "does nothing",
+        "remove",
+    ),
+    "header anyone can send": (
+        "tenant: {rules: [{request_header: x-t}]}",
+        2,
+        "tenant.rules[0].request_header",
+        "clients can send x-t",
+        "trusted: true",
+    ),
+    "trust in a tag": (
+        "tenant: {rules: [{custom_tag: t, trusted: true}]}",
+        2,
+        "tenant.rules[0].trusted",
+        "only a request_header",
+        "remove",
+    ),
+    "literal no endpoint takes": (
+        "tenant: {rules: [{literal: a.b}]}",
+        2,
+        "tenant.rules[0].literal",
+        "not a DNS label",
+        "lower-case",
+    ),
+    "behind a literal": (
+        "tenant:\n  rules:\n  - literal: a\n  - custom_tag: b",
+        5,
+        "tenant.rules[1]",
+        "never reached: the literal of tenant.rules[0]",
+        "put this one first",
+    ),
+    "rule repeated": (
+        "tenant:\n  rules:\n  - {custom_tag: a, pattern: b}\n  - {custom_tag: a, pattern: b}",
+        5,
+        "tenant.rules[1]",
+        "repeats tenant.rules[0]",
+        "remove",
+    ),
+    "rule behind a wider one": (
+        "tenant:\n  rules:\n  - custom_tag: a\n  - {custom_tag: a, pattern: b}",
+        5,
+        "tenant.rules[1]",
+        "tenant.rules[0] takes every value",
+        "put this one first",
+    ),
+    "dimension name": (
+        "dimensions: {a-b: {node: id}}",
+        2,
+        "dimensions.a-b",
+        "cannot name a dimension",
+        "letters",
+    ),
+    "dimensions beyond the catalog": (
+        "dimensions: {" + ", ".join(f"d{n}: {{node: id}}" for n in range(33)) + "}",
+        2,
+        "dimensions",
+        "33 dimensions",
+        "32",
+    ),
+    "skip everything": ("skip: [{if: {}, reason: x}]", 2, "skip[0].if", "every row", "status"),
+    "no meters": ("meters: {}", 2, "meters", "nothing would be metered", "requests"),
+    "two meters of a type": (
+        "meters:\n  requests: {type: t}\n  egress_bytes: {type: t}",
+        4,
+        "meters.egress_bytes.type",
+        "meters.requests has this type already",
+        "its own type",
+    ),
+    "bytes of requests": (
+        "meters: {requests: {bytes: body}}",
+        2,
+        "meters.requests.bytes",
+        "nothing",
+        "remove",
+    ),
+    "unit of another meter": (
+        "meters: {egress_bytes: {unit: s}}",
+        2,
+        "meters.egress_bytes.unit",
+        "'s'",
+        "By",
+    ),
+    "window that straddles an hour": (
+        "windows: {length: 7s}",
+        2,
+        "windows.length",
+        "does not divide an hour",
+        "1m",
+    ),
+    "window of a fraction": (
+        "windows: {length: 500ms}",
+        2,
+        "windows.length",
+        "500ms does not divide",
+        "10s",
+    ),
+    "checkpoint longer than a window": (
+        "windows:\n  length: 1s\n  checkpoint: 2s",
+        4,
+        "windows.checkpoint",
+        "longer than a window",
+        "at most 1s",
+    ),
+    "later than the endpoint": ("windows: {late_horizon: 30d}", 2, "windows.late_horizon", "30 days", "29d"),
+    "forgotten before expiry": (
+        "envoy: {flush_interval: 1h}\nstreams: {remember: 1h}",
+        3,
+        "streams.remember",
+        "shorter than the silence",
+        "3h",
+    ),
+    "store in no directory": ("store: {path: a/b/c.db}", 2, "store.path", "does not exist", "mkdir -p"),
+    "store in a file": (
+        "store: {path: there/usage.db}",
+        2,
+        "store.path",
+        "is not a directory",
+        "name a file",
+    ),
+    "store is a directory": ("store: {path: .}", 2, "store.path", "is a directory", "usage.db"),
+    "ledger larger than the store": (
+        "store: {max_bytes: 1MiB}",
+        2,
+        "store.ledger_max_bytes",
+        "more than the whole store",
+        "store.max_bytes",
+    ),
+    "memory too small for senders": (
+        "listen:\n  limits:\n    memory: 512MiB",
+        4,
+        "listen.limits.memory",
+        (
+            "512MiB is less than the 832MiB that senders may need at once:"
+            " (8 new_streams + 1) × 64MiB message + 256 connections × 1MiB window"
+        ),
+        "raise memory",
+    ),
+    "headers beyond reason": (
+        "listen: {limits: {headers: 2MiB}}",
+        2,
+        "listen.limits.headers",
+        "more than any sender needs",
+        "16KiB",
+    ),
+    "several workers": ("workers: 2", 2, "workers", "not supported by this version", "write 1"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "key", "what", "remedy"), ONE_MISTAKE.values(), ids=ONE_MISTAKE)
+def test_named_with_place_and_remedy(
+    tmp_path: Path, text: str, line: int, key: str, what: str, remedy: str
+) -> None:
+    (tmp_path / "there").touch()
+    (found,) = mistakes(OUTPUT + text, tmp_path)
+    place = f"c.yaml:{line}: {key}: " if key else f"c.yaml:{line}: "
+    assert found.startswith(place)
+    said, _, told = found.removeprefix(place).partition("; ")
+    assert what in said
+    assert remedy in told
+
+
+OUTPUTS = {
+    "no outputs": ("log: {}", 1, "outputs", "nothing would be delivered", "format: none"),
+    "outputs empty": ("outputs: []", 1, "outputs", "nothing would be delivered", "format: none"),
+    "no name": ("outputs:\n- format: none", 2, "outputs[0].name", "is missing", "add it"),
+    "bad name": (
+        "outputs:\n- {name: 'A b', format: none}",
+        2,
+        "outputs[0].name",
+        "'A b' is not a name",
+        "lower",
+    ),
+    "name twice": (
+        "outputs:\n- {name: a, format: none}\n- {name: a, format: none}",
+        3,
+        "outputs[1].name",
+        "name of outputs[0] already",
+        "its own name",
+    ),
+    "no url": ("outputs:\n- name: a", 2, "outputs[0]", "needs a url", "format: none"),
+    "planned format": (
+        "outputs:\n- {name: a, format: nats}",
+        2,
+        "outputs[0].format",
+        "not supported by",
+        "billing",
+    ),
+    "unknown format": (
+        "outputs:\n- {name: a, format: biling}",
+        2,
+        "outputs[0].format",
+        "'biling'",
+        "mean billing?",
+    ),
+    "no scheme": (
+        "outputs:\n- {name: a, url: 'b:80/x'}",
+        2,
+        "outputs[0].url",
+        "neither http nor https",
+        "https://",
+    ),
+    "no host": ("outputs:\n- {name: a, url: 'http:///x'}", 2, "outputs[0].url", "names no host", "http://"),
+    "bad port": ("outputs:\n- {name: a, url: 'http://b:x/'}", 2, "outputs[0].url", "is not a URL", "http://"),
+    "fragment": ("outputs:\n- {name: a, url: 'http://b/#x'}", 2, "outputs[0].url", "fragment", "http://"),
+    "source": (
+        "outputs:\n- {name: a, format: none, source: gateway}",
+        2,
+        "outputs[0].source",
+        "neither scheme nor host",
+        "//host/path",
+    ),
+    "batch too large": (
+        "outputs:\n- {name: a, format: none, batch: {events: 101}}",
+        2,
+        "outputs[0].batch.events",
+        "101 is too large",
+        "at most 100",
+    ),
+    "backoff upside down": (
+        "outputs:\n- {name: a, format: none, retry: {initial: 2m}}",
+        2,
+        "outputs[0].retry.initial",
+        "longer than max",
+        "lower initial",
+    ),
+    "authorities of plaintext": (
+        "outputs:\n- {name: a, url: 'http://b/', ca_file: there}",
+        2,
+        "outputs[0].ca_file",
+        "no use with http",
+        "https",
+    ),
+    "time without zone": (
+        "outputs:\n- {name: a, format: none, from: 2026-09-01T00:00:00}",
+        2,
+        "outputs[0].from",
+        "has no zone",
+        "2026-09-01T00:00:00Z",
+    ),
+    "not a time": (
+        "outputs:\n- {name: a, format: none, until: soon}",
+        2,
+        "outputs[0].until",
+        "'soon'",
+        "RFC 3339",
+    ),
+    "time as a number": (
+        "outputs:\n- {name: a, format: none, from: 1788220800}",
+        2,
+        "outputs[0].from",
+        "1788220800 is not a time",
+        "RFC 3339",
+    ),
+    "the program's own name": (
+        "outputs:\n- {name: a, format: none, from_: 2026-09-01T00:00:00Z}",
+        2,
+        "outputs[0].from_",
+        "unknown key",
+        "did you mean from?",
+    ),
+    "until before from": (
+        "outputs:\n- name: a\n  format: none\n  from: 2026-09-01T00:00:00Z\n  until: 2026-09-01T00:00:00Z",
+        5,
+        "outputs[0].until",
+        "not after from",
+        "later until",
+    ),
+    "not a mapping": ("- a", 1, "", "is not a mapping", "sections"),
+    "two documents": (OUTPUT + "---\nlog: {}", 2, "", "not valid YAML", "correct the syntax"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "key", "what", "remedy"), OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_named_with_place_and_remedy(
+    tmp_path: Path, text: str, line: int, key: str, what: str, remedy: str
+) -> None:
+    (tmp_path / "there").touch()
+    found = mistakes(text, tmp_path)[0]
+    place = f"c.yaml:{line}: {key}: " if key else f"c.yaml:{line}: "
+    assert found.startswith(place)
+    said, _, told = found.removeprefix(place).partition("; ")
+    assert what in said
+    assert remedy in told
+
+
+def test_store_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    asked = []
+
+    def refuse(path: Path, mode: int) -> bool:
+        asked.append((path, mode))
+        return False
+
+    (found,) = store_findings(tmp_path / "usage.db", access=refuse)
+    assert "cannot be written" in found.what
+    assert "chown" in found.remedy
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    (found,) = store_findings(tmp_path / "var" / "usage.db", access=refuse)
+    assert str(tmp_path) in found.what
+    assert asked[-1][0] == tmp_path  # where the directory would be made
