@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import structlog
@@ -12,6 +14,11 @@ import structlog
 from proxy_usage.errors import ConfigError
 
 log = structlog.get_logger()
+
+_SETTLE_S = 0.05
+"""gRPC frees the certificates it replaces while a handshake that began a moment earlier may still take them
+up, which ends the process (grpc/grpc issue 36693). New ones are therefore handed over only when they differ,
+and only after such a handshake has had this long: gRPC keeps further ones waiting meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +28,14 @@ class TlsFiles:
     cert: Path
     key: Path
     client_ca: Path | None = None
+
+
+class _Contents(NamedTuple):
+    """What the files held."""
+
+    cert: bytes
+    key: bytes
+    client_ca: bytes | None
 
 
 class Credentials:
@@ -33,32 +48,53 @@ class Credentials:
     def __init__(self, files: TlsFiles) -> None:
         """Raises ConfigError when the certificate and the key cannot be used."""
         self.files = files
-        self._first = self._read(check(files))
+        self._used = _read(check(files))
+        """What gRPC was given last."""
+        self._unusable: _Contents | str | None = None
+        """What was last found that cannot be used, or why nothing was: said once, not at every handshake."""
 
     def server(self) -> grpc.ServerCredentials:
         """What a port is opened with."""
         return grpc.dynamic_ssl_server_credentials(
-            self._first,
+            _configuration(self._used),
             self._fetch,  # type: ignore[arg-type]  # None means "no change"; the stubs do not know
             require_client_authentication=self.files.client_ca is not None,
         )
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called at each handshake, on a thread of gRPC's."""
+        """New certificates, or None. Called at each handshake, on threads of gRPC's, one at a time."""
+        found: _Contents | None = None
         try:
-            return self._read(check(self.files))
-        except ConfigError as error:
-            log.warning("certificate not usable, the former one stays", error=error.message)
-        except OSError as error:
-            log.warning("certificate unreadable, the former one stays", error=str(error))
-        return None
+            found = _read(self.files)
+            if found in (self._used, self._unusable):
+                return None
+            check(self.files)
+            if _read(self.files) != found:  # being written: the next handshake will see all of it
+                return None
+        except (ConfigError, OSError) as error:
+            unusable = found or str(error)
+            if unusable != self._unusable:
+                self._unusable = unusable
+                log.warning("certificate not usable, the former one stays", error=str(error))
+            return None
+        time.sleep(_SETTLE_S)
+        self._used, self._unusable = found, None
+        log.info("certificate renewed", file=str(self.files.cert))
+        return _configuration(found)
 
-    @staticmethod
-    def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration(
-            [(files.key.read_bytes(), files.cert.read_bytes())],
-            root_certificates=files.client_ca.read_bytes() if files.client_ca else None,
-        )
+
+def _read(files: TlsFiles) -> _Contents:
+    return _Contents(
+        files.cert.read_bytes(),
+        files.key.read_bytes(),
+        files.client_ca.read_bytes() if files.client_ca else None,
+    )
+
+
+def _configuration(contents: _Contents) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(contents.key, contents.cert)], root_certificates=contents.client_ca
+    )
 
 
 def check(files: TlsFiles) -> TlsFiles:

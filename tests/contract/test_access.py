@@ -11,10 +11,12 @@ import grpc.aio
 import pytest
 from listening import Client, Listening, soon
 from pki import Authority, Pair
+from structlog.testing import capture_logs
 from wire import http_row, message
 
 from proxy_usage.admission import Admission, SanPattern
 from proxy_usage.receiver import ReceiverLimits, TlsFiles
+from proxy_usage.receiver.credentials import Credentials
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -146,6 +148,60 @@ async def test_certificates_are_read_again_at_each_handshake(site: Site, tmp_pat
         async with new.client(port.port, new.envoy) as client:
             await client.send(ROWS)
         assert port.read == 3
+
+
+async def test_handshakes_and_renewals_at_once_bother_nobody(site: Site, tmp_path: Path) -> None:
+    """gRPC would take up certificates that it has freed, and the process would end with a signal."""
+    pairs = [
+        (p.cert.read_bytes(), p.key.read_bytes())
+        for p in (site.sink, site.authority.issue("next", dns=["sink.example.org"]))
+    ]
+    renewals = 0
+
+    async def knock(port: int) -> None:
+        for _ in range(150):
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"\x16\x03\x01\x00\x05\x01")
+                await writer.drain()
+                await asyncio.sleep(0)
+                writer.transport.abort()
+
+    async with Listening(tls=site.tls) as port, soon():
+        knocking = [asyncio.create_task(knock(port.port)) for _ in range(8)]
+        while not all(task.done() for task in knocking):
+            renewals += 1
+            cert, key = pairs[renewals % 2]
+            site.sink.key.write_bytes(key)
+            site.sink.cert.write_bytes(cert)
+            await asyncio.sleep(0.02)
+        async with site.client(port.port, site.envoy) as client:
+            while await client.refused(ROWS) is not OK:  # until the many that knocked are gone
+                await asyncio.sleep(0.05)
+        assert port.read == 1
+    assert renewals > 2
+
+
+async def test_a_certificate_that_cannot_be_used_is_said_once(site: Site) -> None:
+    credentials = Credentials(site.tls)
+    whole = site.sink.cert.read_bytes()
+    with capture_logs() as logs:
+        assert credentials._fetch() is None  # nothing has changed
+        site.sink.cert.write_bytes(b"-----BEGIN CERTIFICATE-----\n")
+        assert credentials._fetch() is credentials._fetch() is None
+        site.sink.cert.unlink()
+        assert credentials._fetch() is credentials._fetch() is None
+        site.sink.cert.write_bytes(whole)
+        assert credentials._fetch() is None
+        other = site.authority.issue("other")
+        credentials.files = TlsFiles(other.cert, other.key, site.authority.file)
+        assert credentials._fetch() is not None
+        assert credentials._fetch() is None
+    assert [line["event"] for line in logs] == [
+        "certificate not usable, the former one stays",
+        "certificate not usable, the former one stays",
+        "certificate renewed",
+    ]
 
 
 async def test_whom_new_rules_refuse_is_sent_away_at_once(site: Site) -> None:
