@@ -1,4 +1,4 @@
-"""Rows read per node, in a small memory-mapped file that a crash of the process cannot take back.
+"""Rows read per node, in a small file that a crash of the process cannot take back.
 
 The count of a row is raised before the row is folded; each checkpoint stores the same counts in its own
 transaction. What the file says more than the store, at the next start, is exactly what the crash lost:
@@ -9,16 +9,20 @@ transaction. What the file says more than the store, at the next start, is exact
 The kernel keeps the pages of a killed process; only a crash of the machine itself can take them, and then the
 answer is "unknown", not zero. So it is when file and store do not belong together: one of them is new, or
 both come from a backup.
+
+It is written, not mapped: a mapped page of a file system that failed ends the process with a signal when it
+is touched, and a write is an error like any other. (2.4 µs a message on ext4, against 0.1 µs mapped.)
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from proxy_usage.errors import StoreUnavailable
 
@@ -28,6 +32,7 @@ NAME = SLOT - 8
 NODES = 4_096
 """Nodes counted apart; past it they share the last slot."""
 OTHERS = "(other nodes)"
+SIZE = len(MAGIC) + SLOT * NODES
 _COUNT = struct.Struct("<Q")
 
 
@@ -44,31 +49,43 @@ class Loss(NamedTuple):
 
 
 class Intake:
-    """The mapped file. One process at a time: whoever holds the store's lock.
+    """The open file. One process at a time: whoever holds the store's lock.
 
     Raises:
-        StoreUnavailable: the file cannot be made or mapped.
+        StoreUnavailable: the file cannot be made or opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = len(MAGIC) + SLOT * NODES
+        self._file = self._open()
+        self._found: dict[str, int] = {}  # node ids as Envoy writes them, looked up before
+        known = list(_slots(os.pread(self._file.fileno(), SIZE, 0)))
+        self._slots = {name: number for number, (name, _) in enumerate(known)}
+        self._counts = [rows for _, rows in known]
+
+    def _open(self) -> BinaryIO:
+        path = self.path
         try:
-            fresh = not path.exists() or path.stat().st_size != size or path.read_bytes()[:64] != MAGIC
-            if fresh:
-                # Written out, not made by truncation: a hole in a mapped file on a full disk kills.
-                path.write_bytes(MAGIC + bytes(SLOT * NODES))
-            with path.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), size)
+            if not path.exists() or path.stat().st_size != SIZE or path.read_bytes()[:64] != MAGIC:
+                # Written out, not made by truncation: a full disk is noticed here, not at a row.
+                path.write_bytes(MAGIC + bytes(SIZE - len(MAGIC)))
+            return path.open("r+b", buffering=0)
         except OSError as error:
             raise StoreUnavailable(
                 f"cannot keep row counts in {path}: {error.strerror}",
                 hint="the store's directory must be writable and have 2 MiB of room",
             ) from None
-        self._found: dict[str, int] = {}  # node ids as Envoy writes them, looked up before
-        known = list(_slots(self._map))
-        self._slots = {name: number for number, (name, _) in enumerate(known)}
-        self._counts = [rows for _, rows in known]
+
+    def renew(self) -> None:
+        """Opens the file anew and brings it up to date, after its disk failed or gave way to another.
+
+        Raises:
+            StoreUnavailable: as the constructor; then the former file is kept.
+        """
+        self._file, former = self._open(), self._file
+        former.close()
+        for name, slot in self._slots.items():
+            self._write(slot, name)
 
     def add(self, node: str, rows: int) -> None:
         """Counts rows of a node as read. Call it before they are folded."""
@@ -76,7 +93,18 @@ class Intake:
         if slot is None:
             slot = self._slot(node)
         self._counts[slot] += rows
-        _COUNT.pack_into(self._map, len(MAGIC) + slot * SLOT, self._counts[slot])
+        self._write(slot)
+
+    def _write(self, slot: int, name: str | None = None) -> None:
+        """Writes a count, and the name of its node where it is given.
+
+        A disk that fails is the store's to notice and to tell; the counts are absolute, so that the next
+        one that can be written makes up for those that could not.
+        """
+        count = _COUNT.pack(self._counts[slot])
+        content = count if name is None else count + name.encode().ljust(NAME, b"\0")
+        with suppress(OSError):
+            os.pwrite(self._file.fileno(), content, len(MAGIC) + slot * SLOT)
 
     def counts(self) -> dict[str, int]:
         """Rows read per node over the life of the store: what a checkpoint saves."""
@@ -102,8 +130,8 @@ class Intake:
         return Loss({}, tuple(sorted(counts.keys() | stored.keys())), ahead)
 
     def close(self) -> None:
-        """Unmaps the file."""
-        self._map.close()
+        """Closes the file."""
+        self._file.close()
 
     def _slot(self, node: str) -> int:
         name = label(node)
@@ -118,26 +146,24 @@ class Intake:
         return slot
 
     def _create(self, name: str) -> int:
-        slot = len(self._counts)
-        start = len(MAGIC) + slot * SLOT
-        self._map[start + 8 : start + SLOT] = name.encode().ljust(NAME, b"\0")
-        self._slots[name] = slot
+        slot = self._slots[name] = len(self._counts)
         self._counts.append(0)
+        self._write(slot, name)
         return slot
 
 
 def read_counts(path: Path) -> dict[str, int]:
-    """Rows per node that a file counted, without mapping it; empty where there is none, or none of ours."""
+    """Rows per node that a file counted, beside its owner; empty where there is none, or none of ours."""
     try:
         content = path.read_bytes()
     except OSError:
         return {}
-    whole = len(content) == len(MAGIC) + SLOT * NODES and content.startswith(MAGIC)
+    whole = len(content) == SIZE and content.startswith(MAGIC)
     return dict(_slots(content)) if whole else {}
 
 
-def _slots(content: bytes | mmap.mmap) -> Iterator[tuple[str, int]]:
-    for start in range(len(MAGIC), len(MAGIC) + SLOT * NODES, SLOT):
+def _slots(content: bytes) -> Iterator[tuple[str, int]]:
+    for start in range(len(MAGIC), SIZE, SLOT):
         name = content[start + 8 : start + SLOT].rstrip(b"\0").decode("utf-8", "replace")
         if not name:
             return

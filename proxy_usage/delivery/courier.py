@@ -77,6 +77,7 @@ class Courier:
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._noted_pause: str | None = ""  # nothing noted yet: a former process may have left a pause
+        self._said = ""  # what was last said of a disk in trouble
         self._reported: tuple[str, int] = ("", 0)
         self._probing = False
 
@@ -123,9 +124,10 @@ class Courier:
             except StoreError as error:
                 if not error.retriable:
                     raise
-                log.warning("queue unavailable", output=self.settings.name, error=error.message)
+                self._say_once("queue unavailable", error)
                 await asyncio.sleep(STORE_RETRY_S)
                 return
+            self._said = ""
         if isinstance(leased, Batch):
             task = asyncio.create_task(self._attempt(leased), name=f"batch {leased.id}")
             self._under_way[leased.id] = task
@@ -226,8 +228,14 @@ class Courier:
             except StoreError as error:
                 if not error.retriable:
                     raise
-                log.warning("answer waits for the disk", output=self.settings.name, error=error.message)
+                self._say_once("answer waits for the disk", error)
                 await asyncio.sleep(STORE_RETRY_S)
+
+    def _say_once(self, text: str, error: StoreError) -> None:
+        """A disk in trouble is a line a trouble, not a line a second."""
+        if self._said != error.message:
+            self._said = error.message
+            log.warning(text, output=self.settings.name, error=error.message)
 
     def _report(self, batch: Batch, step: Step) -> None:
         name = self.settings.name

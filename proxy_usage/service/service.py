@@ -33,6 +33,7 @@ from proxy_usage.service.build import (
     clock_ms,
     open_storage,
 )
+from proxy_usage.service.checking import check_beside
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.reloading import prepare
 from proxy_usage.service.salvaging import salvage_all
@@ -79,6 +80,7 @@ class Service:
             interval_ms=config.windows.checkpoint,
             clock_ms=clock_ms,
             on_events=self._wake,
+            on_reopened=storage.intake.renew,
         )
         host, port = split_address(config.listen.http)
         self._web = Web(
@@ -125,6 +127,9 @@ class Service:
         for courier in self._couriers:
             name = f"output {courier.settings.name}"
             self._stages[name] = asyncio.create_task(courier.run(), name=name)
+        if self._storage.database.unchecked:
+            checking = check_beside(self._storage.database)
+            self._stages["check"] = asyncio.create_task(checking, name="check")
         if salvages := self._storage.past.salvages:
             salvaging = salvage_all(salvages, self._thread, self._metrics, clock_ms)
             self._stages["salvage"] = asyncio.create_task(salvaging, name="salvage")
@@ -266,6 +271,7 @@ class Service:
     async def _watch(self) -> None:
         """Keeps the figures that only the store knows at hand for metrics and readiness."""
         queue = self._storage.queue
+        said = ""
         while True:
             try:
                 tallies = await self._thread.run(queue.tallies)
@@ -275,10 +281,13 @@ class Service:
                     self._metrics.pending.labels(output=name).set(tallies.get((output, "pending"), 0))
                     self._metrics.dead.labels(output=name).set(tallies.get((output, "dead"), 0))
                 self._metrics.set_aside.set(await self._thread.run(set_aside_files, self.config.store.path))
+                said = ""
             except StoreError as error:
                 if not error.retriable:
                     raise
-                log.warning("store cannot be read", error=error.message)
+                if said != error.message:
+                    log.warning("store cannot be read", error=error.message)
+                said = error.message
             await asyncio.sleep(1)
 
     def health(self) -> Health:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
-from proxy_usage.errors import StoreError, StoreFull, StoreUnavailable
+from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
 from proxy_usage.metrics import Metrics
 from proxy_usage.pipeline import Pipeline
@@ -35,6 +35,7 @@ class Turns:
     Args:
         housekeeping: the store's upkeep, which follows each turn.
         on_events: called after a turn that made events.
+        on_reopened: called when the store was opened anew after its disk failed. May raise StoreUnavailable.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Turns:
         interval_ms: int,
         clock_ms: Callable[[], int],
         on_events: Callable[[], None],
+        on_reopened: Callable[[], None],
     ) -> None:
         self.beat_ms = clock_ms()
         """When a turn was last tried."""
@@ -68,6 +70,7 @@ class Turns:
         self._interval_s = interval_ms / 1_000
         self._clock_ms = clock_ms
         self._on_events = on_events
+        self._on_reopened = on_reopened
         self._stop = asyncio.Event()
         self._retry_s = RETRY_S
         self._slice = SLICE
@@ -133,13 +136,15 @@ class Turns:
         one, once it is certain that the broken one did not take effect.
         """
         now_ms = self.beat_ms = self._clock_ms()
-        if self._in_doubt is not None and not await self._resolve(self._in_doubt):
+        if (self._in_doubt is not None or self._database.broken) and not await self._resolve():
+            self._pipeline.drain(now_ms)
+            self.observer.look(self._pipeline, now_ms)
             return False
         turn = self._pipeline.begin(now_ms, limit=self._slice)
         self.observer.look(self._pipeline, now_ms)
         if turn.is_empty:
             self._pipeline.commit(turn)
-            self.durable_ms = now_ms
+            self._worked(now_ms)
             return False
         try:
             events = await self._thread.run(self._checkpoints.commit, turn, self._mint, now_ms)
@@ -157,15 +162,22 @@ class Turns:
         due_ms = self._pipeline.windows.next_due_ms()
         return due_ms is not None and due_ms <= now_ms
 
-    async def _resolve(self, turn: Turn) -> bool:
-        """Finds out whether a turn whose commit broke off took effect. Returns False while nobody can say."""
+    async def _resolve(self) -> bool:
+        """Opens a broken store anew, and finds out whether a turn whose commit broke off took effect.
+
+        Returns False while nobody can say.
+        """
+        turn = self._in_doubt
         try:
-            if isinstance(self.failure, StoreUnavailable):
+            if self._database.broken:
                 await self._thread.run(self._database.reopen)
+                self._on_reopened()
             last = await self._thread.run(self._checkpoints.last_turn)
         except StoreError as error:
             self._failed(error)
             return False
+        if turn is None:  # somebody else met the error
+            return True
         self._in_doubt = None
         if last >= turn.number:
             self._pipeline.commit(turn)
@@ -182,11 +194,9 @@ class Turns:
         if isinstance(error, StoreFull):
             self._metrics.refused_turns.inc()
             self._slice = max(1, self._slice // 4)  # a smaller one may fit
-        if self.failure is None:
+        if self.failure is None or self.failure.message != error.message:
             log.error("checkpoint failed", error=error.message, hint=error.hint)
-            self._retry_s = RETRY_S
-        else:
-            self._retry_s = min(MAX_RETRY_S, 2 * self._retry_s)
+        self._retry_s = RETRY_S if self.failure is None else min(MAX_RETRY_S, 2 * self._retry_s)
         self.failure = error
 
     def _worked(self, now_ms: int) -> None:

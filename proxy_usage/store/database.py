@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from proxy_usage.errors import StoreForeign, StoreFull, StoreVersion
+from proxy_usage.errors import StoreForeign, StoreFull, StoreUnavailable, StoreVersion
 from proxy_usage.store import aside
+from proxy_usage.store.doubt import AT_ONCE_BYTES, Doubt
 from proxy_usage.store.migrate import HISTORY, History, migrate
-from proxy_usage.store.schema import Lock, connect, translated
+from proxy_usage.store.schema import Lock, connect, connect_readonly, translated
 from proxy_usage.store.space import Space
 
 
@@ -19,7 +20,9 @@ class Database:
 
     Args:
         aside_ms: the present. When it is given, the whole file is checked, and one that is damaged or not
-            ours is set aside and a fresh store opened in its place; ``aside.notes`` tells.
+            ours is set aside and a fresh store opened in its place; ``aside.notes`` tells. A large file that
+            nobody doubts is only to be checked: ``unchecked`` says so, ``check_beside`` does it.
+        at_once_bytes: what counts as large.
 
     Raises:
         StoreLocked: another process owns the store.
@@ -34,12 +37,19 @@ class Database:
         max_bytes: int = 8 << 30,
         aside_ms: int | None = None,
         history: History = HISTORY,
+        at_once_bytes: int = AT_ONCE_BYTES,
     ) -> None:
         self.path = path.resolve()  # a store has one lock, by whatever name it is reached
         self._max_bytes = max_bytes
         self._history = history
         self._lock = Lock(self.path)
         self.space = Space(self.path, max_bytes)
+        self.unchecked = False
+        """Whether the file was opened without having been read whole."""
+        self.broken = False
+        """Whether the connection met an error of the disk: only ``reopen`` can help it."""
+        self._doubt = Doubt(self.path, at_once_bytes)
+        self._beside: sqlite3.Connection | None = None
         try:
             if aside_ms is None:
                 self.db = self._connect()
@@ -64,13 +74,39 @@ class Database:
         return db
 
     def _connect_anyway(self, now_ms: int) -> sqlite3.Connection:
+        waits = self._doubt.can_wait()
         try:
-            return self._connect(check=True)
+            db = self._connect(check=not waits)
         except StoreVersion:
             raise
         except StoreForeign as error:
             aside.set_aside(self.path, error.message, now_ms)
-        return self._connect()
+            self._doubt.settle()
+            return self._connect()
+        self.unchecked = waits
+        (self._doubt.begin if waits else self._doubt.settle)()
+        return db
+
+    def check_beside(self) -> None:
+        """Reads the whole file on a connection of its own, on any thread, beside the one in use.
+
+        Raises:
+            StoreForeign: it is damaged; the next start reads it before it uses it.
+            StoreUnavailable: the disk cannot be read. StoreError: it was stopped.
+        """
+        self._beside = connect_readonly(self.path)
+        try:
+            aside.check(self._beside, self.path)
+        finally:
+            self._beside.close()
+        self.unchecked = False
+        self._doubt.settle()
+
+    def stop_checking(self) -> None:
+        """Cuts ``check_beside`` short, from another thread; what was not read stays doubted."""
+        if self._beside is not None:
+            with suppress(sqlite3.ProgrammingError):  # it is closed
+                self._beside.interrupt()
 
     def replace(self, reason: str, now_ms: int) -> None:
         """Sets the open file aside, since what it holds cannot be read, and opens a fresh one.
@@ -80,6 +116,8 @@ class Database:
         """
         self.db.close()
         aside.set_aside(self.path, reason, now_ms)
+        self._doubt.settle()
+        self.unchecked = False
         self.db = self._connect()
 
     def close(self) -> None:
@@ -90,11 +128,25 @@ class Database:
     def reopen(self) -> None:
         """Opens the file anew and checks it: a connection that met an I/O error never recovers.
 
+        What can be read after a failed sync may be in the system's memory alone. So before anything of it is
+        believed, all of the log is written to the database once more, and synced.
+
         Raises:
-            StoreUnavailable: it still cannot be used. StoreForeign: it was damaged.
+            StoreUnavailable: it still cannot be used. StoreForeign: it was damaged. StoreLocked: what lies
+                there now has another owner.
         """
         self.db.close()
+        self._lock.renew()
         self.db = self._connect(check=True)
+        with translated(self.path):
+            (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreUnavailable(
+                f"store {self.path} cannot be made durable: somebody is reading it",
+                hint="it is tried again; end programs that have the file open for long",
+            )
+        self.unchecked = self.broken = False
+        self._doubt.settle()
 
     @contextmanager
     def transaction(self, *, usage: bool = False) -> Iterator[sqlite3.Connection]:
@@ -111,6 +163,12 @@ class Database:
                 yield db
         except StoreFull:
             self.space.failed(usage=usage)
+            raise
+        except StoreUnavailable:
+            self.broken = True
+            raise
+        except StoreForeign:
+            self._doubt.begin()
             raise
 
     @contextmanager
@@ -130,8 +188,15 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The connection for a few quick reads, with SQLite's errors in our words."""
-        with translated(self.path):
-            yield self.db
+        try:
+            with translated(self.path):
+                yield self.db
+        except StoreUnavailable:
+            self.broken = True
+            raise
+        except StoreForeign:
+            self._doubt.begin()
+            raise
 
 
 Sums = dict[tuple[int, str, str], tuple[int, int]]

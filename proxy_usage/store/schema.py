@@ -114,30 +114,48 @@ class Lock:
     """
 
     def __init__(self, store: Path) -> None:
-        path = store.with_name(store.name + ".lock")
+        self._store = store
+        self._path = store.with_name(store.name + ".lock")
+        self._file = self._take()
+
+    def _take(self) -> IO[str]:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = path.open("a+")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file: IO[str] = self._path.open("a+")
         except OSError as error:
             raise StoreUnavailable(
-                f"cannot create {path}: {error.strerror}",
+                f"cannot create {self._path}: {error.strerror}",
                 hint="store.path must lie in a directory that this user may write to and that has room",
             ) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "an unknown process"
-            self._file.close()
+            file.seek(0)
+            owner = file.read().strip() or "an unknown process"
+            file.close()
             raise StoreLocked(
-                f"store {store} is in use by {owner}",
+                f"store {self._store} is in use by {owner}",
                 hint="one process owns a store; give this one a store.path of its own or stop the other",
             ) from None
-        self._file.truncate(0)
-        # A full disk: the lock itself holds all the same. Past the file's buffer, which would try again when
-        # it is closed, and fail then.
+        # A full or failing disk: the lock itself holds all the same. Past the file's buffer, which would try
+        # again when it is closed, and fail then.
         with suppress(OSError):
-            os.write(self._file.fileno(), f"pid {os.getpid()} on host {socket.gethostname()}\n".encode())
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"pid {os.getpid()} on host {socket.gethostname()}\n".encode())
+        return file
+
+    def renew(self) -> None:
+        """Takes the lock anew where its path leads elsewhere by now: a disk was mounted in place of another.
+
+        Raises: as the constructor; then the former lock is kept.
+        """
+        held = os.fstat(self._file.fileno())
+        with suppress(OSError):
+            found = self._path.stat()
+            if (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino):
+                return
+        self._file, former = self._take(), self._file
+        former.close()
 
     def release(self) -> None:
         """Gives the store up. The file stays: removing it would race with the next owner."""

@@ -72,6 +72,17 @@ def test_a_place_without_a_directory_is_named(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_a_disk_in_place_of_another_gets_all_that_is_known(tmp_path: Path) -> None:
+    intake = Intake(tmp_path / "intake")
+    intake.add("a", 3)
+    (tmp_path / "intake").rename(tmp_path / "gone")
+    intake.add("b", 4)
+    intake.renew()
+    intake.add("a", 1)
+    assert reopened(intake).counts() == {"a": 4, "b": 4}
+    assert Intake(tmp_path / "gone").counts() == {"a": 3, "b": 4}
+
+
 def test_past_the_bound_nodes_share_a_slot_and_no_row_is_lost(tmp_path: Path) -> None:
     intake = Intake(tmp_path / "intake")
     for number in range(NODES + 100):

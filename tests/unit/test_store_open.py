@@ -14,7 +14,7 @@ from money import T0, Store, cell
 
 from proxy_usage.errors import StoreError, StoreForeign, StoreFull, StoreLocked, StoreUnavailable
 from proxy_usage.store import Batch, Database, Fate
-from proxy_usage.store.schema import APPLICATION_ID, VERSION, connect_readonly
+from proxy_usage.store.schema import APPLICATION_ID, VERSION, Lock, connect_readonly
 
 OWNER = """
 import sys
@@ -224,3 +224,18 @@ def test_a_store_reached_by_a_link_has_the_same_owner(tmp_path: Path) -> None:
         (tmp_path / "link.db").symlink_to(tmp_path / "usage.db")
         with pytest.raises(StoreLocked):
             Database(tmp_path / "link.db")
+
+
+def test_a_lock_is_taken_anew_where_another_disk_was_mounted_in_place(tmp_path: Path) -> None:
+    with contextlib.closing(Database(tmp_path / "usage.db")) as database:
+        database.reopen()
+        (tmp_path / "usage.db.lock").rename(tmp_path / "former")
+        database.reopen()
+        with pytest.raises(StoreLocked):
+            Database(tmp_path / "usage.db")
+        # Somebody else was quicker: nothing of the file is touched any more.
+        (tmp_path / "usage.db.lock").unlink()
+        other = Lock(tmp_path / "usage.db")
+        with pytest.raises(StoreLocked):
+            database.reopen()
+        other.release()

@@ -1,0 +1,143 @@
+"""A disk that fails under the running program: an image on a file system without room, which root can make.
+
+The image is thinly made, so that ext4 believes in space that is not there: writing it back is a real I/O
+error (SQLITE_IOERR), and then the file system turns itself read-only. Only a repair and a mount anew help.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import World
+from program import Sink, eventually
+from test_full_disk import fill
+
+from proxy_usage.demo.faults import Fault, Faults
+
+pytestmark = pytest.mark.e2e
+
+
+class FailingDisk:
+    """An ext4 file system whose every new block fails while ``room`` is taken."""
+
+    def __init__(self, directory: Path) -> None:
+        self.place = directory / "disk"
+        self._under = directory / "under"
+        self._image = self._under / "image"
+        self._filler: Path | None = None
+
+    def make(self) -> None:
+        self.place.mkdir()
+        self._under.mkdir()
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=128m", "none", str(self._under)],
+            capture_output=True,
+            check=False,
+        )
+        if made.returncode != 0:
+            pytest.skip(f"cannot mount a file system: {made.stderr.decode().strip()}")
+        with self._image.open("wb") as file:
+            file.truncate(192 << 20)
+        self._call("mkfs.ext4", "-q", "-F", "-E", "nodiscard", str(self._image))
+        mounted = subprocess.run(
+            ["mount", "-o", "loop,commit=1", str(self._image), str(self.place)],
+            capture_output=True,
+            check=False,
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"cannot mount an image: {mounted.stderr.decode().strip()}")
+
+    def fail(self) -> None:
+        self._filler = fill(self._under)
+
+    def repair(self) -> None:
+        """What an operator does: room, a check, and the file system mounted anew in its place."""
+        assert self._filler is not None
+        self._filler.unlink()
+        self._call("umount", "--lazy", str(self.place))
+        # A copy: what the program holds open keeps the broken file system alive behind the same image.
+        copy = self._image.with_name("copy")
+        self._call("cp", "--sparse=always", str(self._image), str(copy))
+        subprocess.run(["e2fsck", "-fy", str(copy)], capture_output=True, check=False)
+        self._call("mount", "-o", "loop", str(copy), str(self.place))
+
+    def remove(self) -> None:
+        for place in (self.place, self._under):
+            subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
+
+    @staticmethod
+    def _call(*command: str) -> None:
+        subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[FailingDisk]:
+    made = FailingDisk(tmp_path)
+    try:
+        made.make()
+        yield made
+    finally:
+        made.remove()
+
+
+async def test_counting_goes_on_while_the_disk_fails_and_nothing_is_lost(
+    tmp_path: Path, disk: FailingDisk
+) -> None:
+    async with World(tmp_path, settings={"store": {"path": str(disk.place / "usage.db")}}) as world:
+        sink = world.sink
+        await world.send(100)
+        await world.equal()
+        disk.fail()
+
+        async def says_so() -> bool:
+            await world.send(50)
+            return "store" in await sink.reasons()
+
+        await eventually(says_so, "readiness names the store", why=sink.said)
+        await world.send(200)
+
+        async def counted() -> bool:
+            return (await sink.metrics())["entries_counted_total"] == world.truth.requests
+
+        await eventually(counted, "rows are read on", why=sink.said)
+        assert (await sink.metrics())["store_failed"] == 1
+        assert (await sink.get("/healthz"))[0] == 200
+        subprocess.run(["sync", "--file-system", str(disk.place)], check=False)  # as the kernel does in time
+        await world.send(200)
+        disk.repair()
+        await world.equal()
+        assert await sink.reasons() == {}
+        with sink.reader() as reader:
+            assert reader.conservation(deep=True).balanced
+        assert await sink.stop() == 0
+        await sink.start()
+        assert sink.lost() == 0
+        await sink.stop()
+
+
+async def test_a_disk_that_fails_while_no_row_comes_is_opened_anew_too(
+    tmp_path: Path, disk: FailingDisk
+) -> None:
+    """Then only deliveries meet the error, and they cannot open the store."""
+    async with World(tmp_path, settings={"store": {"path": str(disk.place / "usage.db")}}) as world:
+        sink = world.sink
+        world.billing.faults = Faults(always=Fault.UNAVAILABLE)
+        await world.send(100)
+        await eventually(lambda: sink.saved() == sink.read() >= 100, "all is durable", why=sink.said)
+        await eventually(lambda: closed(sink), "every window is closed", why=sink.said)
+        disk.fail()
+        await eventually(lambda: "cannot be used" in sink.log.read_text(), "the error is met", why=sink.said)
+        assert (await sink.get("/healthz"))[0] == 200
+        disk.repair()
+        world.billing.faults = Faults()
+        await world.equal()
+        assert await sink.reasons() == {}
+        assert await sink.stop() == 0
+
+
+def closed(sink: Sink) -> bool:
+    with sink.reader() as reader:
+        return reader.status().open_windows == 0
