@@ -19,7 +19,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from proxy_usage.decode import ConnectionRow, Sighting
-from proxy_usage.model import NS_PER_MS, Identity, Key
+from proxy_usage.model import NS_PER_MS, Identity, Key, Origin
 
 SETTLE_MS = 3_000
 """How long a row whose tenants are known waits for more: rows of one connection come on several streams."""
@@ -118,7 +118,7 @@ class Connections:
         """Rows of a key came over a connection, of a stream that began at ``start_ns``."""
         if not sighting.conn_id:
             return
-        connection = _digest(sighting.origin.peer, sighting.origin.node_id, sighting.conn_id)
+        connection = _digest(sighting.origin, sighting.conn_id)
         ties = self._ties.get(connection)
         if ties is None:
             if len(self._ties) >= self._limit:
@@ -138,7 +138,7 @@ class Connections:
 
         Returns: the owner's share.
         """
-        connection = _digest(row.origin.peer, row.origin.node_id, row.conn_id) if row.conn_id else b""
+        connection = _digest(row.origin, row.conn_id) if row.conn_id else b""
         waiting = Waiting(
             self._next, connection, row.start_ns, row.identity, row.window_ms, row.open_ns, row.now_ms
         )
@@ -261,10 +261,10 @@ def _end_ns(waiting: Waiting) -> int:
     return waiting.start_ns + waiting.open_ns + SLACK_NS
 
 
-def _digest(peer: str, node_id: str, conn_id: bytes) -> bytes:
-    """16 bytes that stand for a connection of an Envoy."""
+def _digest(origin: Origin, conn_id: bytes) -> bytes:
+    """16 bytes that stand for a connection of an Envoy; two with one node id are told apart by address."""
     text = blake2b(digest_size=DIGEST)
-    for part in (peer.encode(), node_id.encode(), conn_id):
+    for part in (origin.peer.encode(), origin.host.encode(), origin.node_id.encode(), conn_id):
         text.update(len(part).to_bytes(4, "big"))
         text.update(part)
     return text.digest()

@@ -71,6 +71,8 @@ class Origin(NamedTuple):
     log_name: str
     node: tuple[str, ...] = ()
     """Values of the node paths that the configuration reads (``FoldPlan.node_paths``), in its order."""
+    host: str = ""
+    """Address that the stream came from: Envoys that claim the same node id are told apart by it."""
 
 
 class FieldKind(StrEnum):

@@ -139,6 +139,21 @@ def _envoy(config: Config) -> Iterator[Finding]:
             "set envoy.flush_interval to Envoy's access_log_flush_interval, or remove listen.streams",
             concerns=(("envoy", "flush_interval"),),
         )
+    if config.envoy.long_streams == "elsewhere":
+        if config.listen.streams is not None:
+            yield Finding(
+                ("envoy", "long_streams"),
+                "says that another process owns long streams, but listen.streams is their port here",
+                "remove one of the two: exactly one process owns them",
+                concerns=(("listen", "streams"),),
+            )
+        elif config.envoy.flush_interval is None:
+            yield Finding(
+                ("envoy", "long_streams"),
+                "is elsewhere, but envoy.flush_interval is off: nobody can say which rows are long",
+                "set envoy.flush_interval to Envoy's access_log_flush_interval",
+                concerns=(("envoy", "flush_interval"),),
+            )
 
 
 def _rules(config: Config) -> Iterator[Finding]:

@@ -137,6 +137,8 @@ class EnvoyConfig(Section):
 
     flush_interval: Interval = None
     """Envoy's access_log_flush_interval; None when Envoy sends no periodic rows."""
+    long_streams: Literal["here", "elsewhere"] = "here"
+    """Whether rows of long streams are another process's, to which Envoy's filters send them."""
     connection_logs: tuple[Text, ...] = ("conn",)
     """Log names whose rows are listener rows, one per connection."""
     untyped: Literal["skip", "end"] = "skip"

@@ -33,8 +33,8 @@ from proxy_usage.model import MAX_BYTES, FoldPlan, Identity, Origin, Quantity
 
 _MAX_COMPLAINTS = 20
 _MAX_TYPES_NAMED = 20
-_MAX_LONG_ROWS = 256
-"""Each is booked by itself: so many at once hold up the event loop for no longer than a message does."""
+_MAX_LONG_ROWS = 64
+"""Each is booked by itself, and so many, and a piece of a message, may hold up the event loop at once."""
 _MAX_HELD_BYTES = 32 * 1024 * 1024
 """Clients choose values of up to a header's size, so what is held is limited in bytes too."""
 _MAX_VERDICTS = 65_536
@@ -43,6 +43,8 @@ _MAX_VERDICT_BYTES = 256
 _COUNTED: Fate = (RowFate.COUNTED, "")
 _STREAM: Fate = (RowFate.STREAM, "")
 _INTERNAL_REDIRECT: Fate = (RowFate.SKIPPED, "internal_redirect")
+_MISROUTED: Fate = (RowFate.SKIPPED, "misrouted")
+_EARLY: Fate = (RowFate.SKIPPED, "early_periodic")
 _UNKNOWN_TYPE = Handling(skip=(RowFate.SKIPPED, "unknown_type"))
 
 _SUMS = (
@@ -63,6 +65,7 @@ _Sizes = tuple[int, int, int, int]  # wire in and out, body in and out
 _NO_VALUE = b"-"
 """What Envoy's formatters write where there is nothing."""
 _SWITCHED = 101
+_TCP_PERIODIC, _PERIODIC = 2, 5  # AccessLogType
 _CONNECT = 6  # RequestMethod
 _NO_REQUEST = als.Request()
 _NO_RESPONSE = als.Response()
@@ -73,6 +76,8 @@ class _Source:
     """What all rows of one origin have in common, worked out once, and their sums."""
 
     origin: Origin
+    plain: Origin
+    """Without the host, which tells connections apart and not whom usage belongs to."""
     http: Mapping[int, Handling]
     tcp: Mapping[int, Handling]
     skip: tuple[SkipTest, ...]
@@ -172,9 +177,12 @@ class Fold:
         )
         for source in self._sources.values():
             for (window_ms, rule, value, dimensions, routed), (rows, *sums) in source.cells.items():
-                identity = Identity(source.origin, rule, value, dimensions, routed)
-                amounts = [sums[column] for column in self._columns]
-                drained.totals[identity, window_ms] = [rows, *amounts]
+                identity = Identity(source.plain, rule, value, dimensions, routed)
+                totals = [rows, *(sums[column] for column in self._columns)]
+                known = drained.totals.get((identity, window_ms))  # from another host
+                drained.totals[identity, window_ms] = (
+                    totals if known is None else [a + b for a, b in zip(known, totals, strict=True)]
+                )
         self._begin()
         return drained
 
@@ -182,6 +190,7 @@ class Fold:
         paths = self._plan.node_paths
         source = self._sources[origin] = _Source(
             origin,
+            origin._replace(host=""),
             http=handlings(self._envoy, origin.log_name, http=True),
             tcp=handlings(self._envoy, origin.log_name, http=False),
             skip=tuple(test for test in self._skip if test.meets_origin(origin)),
@@ -194,6 +203,8 @@ class Fold:
         row = als.HttpRow.FromString(raw)
         common, request, response = row.common_properties, row.request, row.response
         handling = source.http.get(common.access_log_type) or self._unknown(source, common)
+        if handling.untyped and common.intermediate_log_entry:
+            handling = source.http[_PERIODIC]
         if handling.skip:
             return handling.skip
         if response.response_code_details == b"internal_redirect":
@@ -214,6 +225,8 @@ class Fold:
         row = als.TcpRow.FromString(raw)
         common, connection = row.common_properties, row.connection_properties
         handling = source.tcp.get(common.access_log_type) or self._unknown(source, common)
+        if handling.untyped and common.intermediate_log_entry:
+            handling = source.tcp[_TCP_PERIODIC]
         if handling.skip:
             return handling.skip
         if source.skip and (reason := _skipped(source, common, _NO_REQUEST, _NO_RESPONSE)):
@@ -241,6 +254,10 @@ class Fold:
         start_ns, open_ns, at_ms, finished = (
             timing.of_periodic(common) if handling.periodic else timing.of_end(common)
         )
+        if not finished and self._envoy.short_only:
+            return _MISROUTED
+        if handling.periodic and timing.is_early(open_ns):
+            return _EARLY
         window_ms = at_ms - at_ms % self._window_ms
         rule, value = self._tenant_value(source, common, request)
         values = [read(common, request) for read in source.dimensions]
@@ -249,7 +266,7 @@ class Fold:
         routed = bool(common.route_name or common.upstream_cluster)
         if self._sighting and (handling.connection or start_ns):
             conn_id = self._connection_id(common.custom_tags)
-            identity = Identity(source.origin, rule, value, dimensions, routed)
+            identity = Identity(source.plain, rule, value, dimensions, routed)
             if handling.connection:
                 self._connection_rows.append(
                     ConnectionRow(
@@ -280,7 +297,7 @@ class Fold:
             conn_id=self._connection_id(common.custom_tags),
             start_ns=start_ns,
             stream_id=common.stream_id,
-            identity=Identity(source.origin, rule, value, dimensions, routed),
+            identity=Identity(source.plain, rule, value, dimensions, routed),
             window_ms=window_ms,
             amounts=tuple([sums[column] for column in self._columns]),
             end=not handling.periodic,

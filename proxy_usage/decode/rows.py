@@ -41,8 +41,8 @@ class EnvoySettings:
     emit_us: str = "emit_us"
     """Custom tag that holds ``%EMIT_TIME(%s%6f)%``, when a periodic row was written."""
     short_only: bool = False
-    """Rows of long streams go to another port: a periodic row is misrouted here, and an end row that came
-    here is all there is (Envoy's own filter sent it)."""
+    """Rows of long streams go to another port or process, by a filter of Envoy's that follows the same rule
+    as ours: one that comes here nonetheless, periodic or end, is misrouted."""
     connections: bool = False
     """Whether listener rows are metered: the time a client held its connection open."""
 
@@ -106,8 +106,8 @@ class Drained:
     """``(fate, reason) -> rows``."""
     notes: dict[str, int] = field(default_factory=dict)
     """Oddities that cost no row: ``future`` and ``past_horizon`` (booked in the present window instead),
-    ``no_start_time`` (likewise), ``no_duration`` (booked as 0); and ``malformed_message``, damage behind
-    which an unknown number of rows was lost, in no other count."""
+    ``no_start_time`` (likewise), ``no_duration`` and ``no_emit_time`` (booked as 0); and
+    ``malformed_message``, damage behind which an unknown number of rows was lost, in no other count."""
     complaints: list[str] = field(default_factory=list)
     """The first of the invalid rows and damaged messages, a line each: what is wrong, and where."""
 
@@ -123,6 +123,8 @@ class Handling(NamedTuple):
     """Whether Envoy's TCP proxy wrote it: there are no bodies apart from the wire."""
     connection: bool = False
     """Whether it is a listener row: nothing counts but how long the connection was open."""
+    untyped: bool = False
+    """Whether an old Envoy wrote it, which says by ``intermediate_log_entry`` that it is periodic."""
 
 
 _HTTP_END = Handling(requests=1)
@@ -161,7 +163,7 @@ def handlings(envoy: EnvoySettings, log_name: str, *, http: bool) -> Mapping[int
     elif envoy.untyped == "skip":
         table[0] = _skip("untyped")
     else:
-        table[0] = _HTTP_END if http else _TCP_END
+        table[0] = (_HTTP_END if http else _TCP_END)._replace(untyped=True)
     return table
 
 

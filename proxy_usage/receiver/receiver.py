@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from proxy_usage.admission import Admission, Refusal, refuse_identifier
-from proxy_usage.decode import WHOLE_BYTES, Split, parts, read_identifier
+from proxy_usage.decode import Split, parts, read_identifier
 from proxy_usage.errors import DecodeError, ListenError
 from proxy_usage.metrics import Metrics
 from proxy_usage.model import Origin
@@ -291,7 +291,7 @@ class Receiver:
         raw = await self._first(requests, context, stream)
         if raw is None:
             return
-        origin = self._introduce(raw, stream.peer)
+        origin = self._introduce(raw, stream.peer)._replace(host=host)
         refusal = refuse_identifier(origin) or self._admission.refuse_node(stream.peer, origin.node_id)
         if refusal is not None:
             await self._refuse(context, refusal)
@@ -308,11 +308,7 @@ class Receiver:
                 self._metrics.received_bytes.inc(len(raw))
                 self._room.took(stream.connection, len(raw))
                 self._tap(number, origin, raw, now_ms)
-                if len(raw) <= WHOLE_BYTES:
-                    for part in parts(raw):
-                        self._sink(origin, part, now_ms)
-                else:
-                    await self._backlog(origin, raw, stream)
+                await self._take(origin, parts(raw), stream)
                 if stream.ending_ms is not None or self._draining:
                     return
                 raw = b""  # or it would be held until the next one is whole
@@ -338,15 +334,16 @@ class Receiver:
             await self._refuse(context, _FIRST_MESSAGE)
             return None
 
-    async def _backlog(self, origin: Origin, raw: bytes, stream: _Stream) -> None:
-        """A message of megabytes, in slices: the other streams are read in between."""
-        rest = parts(raw)
+    async def _take(self, origin: Origin, rest: Iterator[Split], stream: _Stream) -> None:
+        """A message, piece by piece: the other streams are read in between."""
         try:
-            for part in rest:
-                stream.read_ms = self._clock_ms()
+            for number, part in enumerate(rest):
+                if number:
+                    await asyncio.sleep(0)
+                    stream.read_ms = self._clock_ms()
                 self._sink(origin, part, stream.read_ms)
-                await asyncio.sleep(0)
         except asyncio.CancelledError:
+            self._sink(origin, part, self._clock_ms())
             for part in rest:  # the client is gone, its message is not
                 self._sink(origin, part, self._clock_ms())
             raise

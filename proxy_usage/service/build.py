@@ -94,7 +94,7 @@ def build_folds(config: Config, attributor: Attributor) -> dict[Port, Fold]:
         connections=Quantity.CONNECTION_NS in plan.quantities,
     )
     skip = [SkipTest(rule.reason, status=rule.if_.statuses, **rule.if_.regexes) for rule in config.skip]
-    ports = {Port.ALL: settings}
+    ports = {Port.ALL: replace(settings, short_only=envoy.long_streams == "elsewhere")}
     if config.listen.streams is not None:
         ports = {Port.SHORT: replace(settings, short_only=True), Port.STREAMS: settings}
     return {

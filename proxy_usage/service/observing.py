@@ -17,6 +17,7 @@ LINES = 20
 REMARKS = {
     "no_duration": "entries without a duration: is the dur_ms tag set? Without it the time of open streams is"
     " counted when they end",
+    "no_emit_time": "entries of open streams without the emit_us tag: their time is counted when they end",
     "no_start_time": "entries without a start time: they are counted in the present window",
     "future": "entries from the future: a clock is wrong; they are counted in the present window",
     "past_horizon": "entries older than windows.late_horizon: they are counted in the present window",
@@ -26,6 +27,10 @@ REMARKS = {
 ALARMS = {
     "unknown_type": "a newer Envoy than this program knows; /metrics counts them as unknown_type",
     "misrouted": "rows of long streams came to listen.grpc: split Envoy's loggers as deploy/envoy does",
+    "periodic": "rows of open streams come here, but envoy.flush_interval is off: set it, or split Envoy's"
+    " loggers as deploy/envoy does",
+    "early_periodic": "Envoy flushes more often than envoy.flush_interval says: make it the same as Envoy's"
+    " access_log_flush_interval, also that of the TCP proxy",
 }
 """Skipped rows that somebody must hear of, by reason: one line a minute, with what to do."""
 

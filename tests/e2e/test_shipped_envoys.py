@@ -34,7 +34,9 @@ LOCAL = "127.0.0.1"
 ALPHA = "alpha.example.com"
 OWNER: Mapping[str, Any] = {"envoy": {"flush_interval": "1s", "connection_logs": ["conn"]}}
 """What the files say of their sinks, with the test's interval."""
-OTHER: Mapping[str, Any] = {"envoy": {"flush_interval": "off", "connection_logs": ["conn"]}}
+OTHER: Mapping[str, Any] = {
+    "envoy": {"flush_interval": "1s", "long_streams": "elsewhere", "connection_logs": ["conn"]}
+}
 
 
 def shipped(name: str, ports: Mapping[int, int], tls: Path | None = None) -> dict[str, Any]:

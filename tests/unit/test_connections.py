@@ -84,7 +84,11 @@ def test_a_row_that_names_its_owner_waits_for_nobody() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [Origin("", "envoy-2", "http"), Origin("spiffe://b", "envoy-1", "http")],
+    [
+        Origin("", "envoy-2", "http"),
+        Origin("spiffe://b", "envoy-1", "http"),
+        Origin("", "envoy-1", "http", host="10.0.0.2"),
+    ],
 )
 def test_two_envoys_have_connections_of_the_same_number(other: Origin) -> None:
     connections = Connections(limit=10)

@@ -1,6 +1,7 @@
 """Rows into totals: every line of the table of row types, every edge of size and time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,15 @@ def test_untyped_rows_can_be_ends() -> None:
     assert only(fold(tcp_row(type=wire.NOT_SET, sizes=(1, 2)), envoy=end))[2][:4] == [1, 0, 1, 2]
 
 
+def test_untyped_rows_of_open_streams_are_periodic() -> None:
+    for row in (http_row(type=wire.NOT_SET), tcp_row(type=wire.NOT_SET)):
+        row.common_properties.intermediate_log_entry = True
+        assert fold(row, envoy=EnvoySettings(untyped="end")).fates == {("skipped", "periodic"): 1}
+        drained = fold(row, envoy=replace(LONG, untyped="end"))
+        assert drained.fates == {STREAM: 1}
+        assert not drained.long_rows[0].end
+
+
 @pytest.mark.parametrize("type_", [wire.DOWNSTREAM_END, wire.DOWNSTREAM_PERIODIC])
 def test_an_internal_redirect_is_not_a_second_request(type_: int) -> None:
     row = http_row(type=type_, details="internal_redirect", status=302, wire=(80, 0))
@@ -195,9 +205,15 @@ def test_a_periodic_row_takes_its_times_from_tags() -> None:
 
 def test_a_tcp_periodic_row_counts_its_connection() -> None:
     row = stream_of(
-        tcp_row(type=wire.TCP_PERIODIC, sizes=(10, 20), wire=(1, 2), tags={"dur_ms": "5"}), envoy=LONG
+        tcp_row(
+            type=wire.TCP_PERIODIC,
+            sizes=(10, 20),
+            wire=(1, 2),
+            tags={"dur_ms": "60005", "emit_us": str(NOW_MS * 1_000)},
+        ),
+        envoy=LONG,
     )
-    assert row.amounts == (0, 10, 20, 10, 20, 5 * NS_PER_MS)
+    assert row.amounts == (0, 10, 20, 10, 20, 60_005 * NS_PER_MS)
     assert not row.http
 
 
@@ -213,9 +229,40 @@ def test_a_periodic_row_without_usable_tags_is_of_now(text: str) -> None:
 
 def test_tag_names_are_the_operators() -> None:
     envoy = EnvoySettings(flush_interval_ms=1_000, connection_id="c", duration_ms="d", emit_us="e")
-    tags = {"c": "9", "d": "3", "e": str(NOW_MS * 1_000 - 1)}
+    tags = {"c": "9", "d": "1003", "e": str(NOW_MS * 1_000 - 1)}
     row = stream_of(http_row(type=wire.DOWNSTREAM_PERIODIC, tags=tags), envoy=envoy)
-    assert (row.conn_id, row.amounts[5], row.emit_ms) == (b"9", 3 * NS_PER_MS, NOW_MS - 1)
+    assert (row.conn_id, row.amounts[5], row.emit_ms) == (b"9", 1_003 * NS_PER_MS, NOW_MS - 1)
+
+
+def test_without_an_emit_time_a_periodic_row_counts_its_bytes_alone() -> None:
+    tags = {"dur_ms": "60000"}
+    drained = fold(http_row(type=wire.DOWNSTREAM_PERIODIC, wire=(10, 20), tags=tags), envoy=LONG)
+    assert drained.notes == {"no_emit_time": 1}
+    (row,) = drained.long_rows
+    assert (row.amounts[1:3], row.amounts[5], row.emit_ms) == ((10, 20), 0, NOW_MS)
+
+
+@pytest.mark.parametrize(("open_ms", "early"), [(1, True), (53_999, True), (54_000, False), (60_000, False)])
+def test_a_periodic_row_sooner_than_the_interval_is_not_booked(open_ms: int, early: bool) -> None:
+    """Envoy flushes more often than we were told: end rows below 0.9 intervals book all of their stream."""
+    tags = {"dur_ms": str(open_ms), "emit_us": str(NOW_MS * 1_000)}
+    for row in (
+        http_row(type=wire.DOWNSTREAM_PERIODIC, tags=tags),
+        tcp_row(type=wire.TCP_PERIODIC, tags=tags),
+    ):
+        drained = fold(row, envoy=LONG)
+        assert drained.fates == {("skipped", "early_periodic") if early else STREAM: 1}
+        assert len(drained.long_rows) == (not early)
+
+
+@pytest.mark.parametrize(
+    ("duration_ns", "fate"),
+    [(54_000 * NS_PER_MS - 1, COUNTED), (54_000 * NS_PER_MS, ("skipped", "misrouted"))],
+)
+def test_where_only_short_rows_go_a_long_end_row_is_misrouted(duration_ns: int, fate: object) -> None:
+    envoy = EnvoySettings(flush_interval_ms=60_000, short_only=True)
+    start_ns = PRESENT_MS * NS_PER_MS - duration_ns
+    assert fold(http_row(start_ns=start_ns, duration_ns=duration_ns), envoy=envoy).fates == {fate: 1}
 
 
 # ── sizes and times ──
@@ -322,7 +369,7 @@ def test_incredible_times_are_booked_now(end_ns: int, window_ms: int, note: str 
     assert only(drained)[1] == window_ms
     assert drained.notes == ({note: 1} if note else {})
     periodic = http_row(
-        type=wire.DOWNSTREAM_PERIODIC, tags={"emit_us": str(end_ns // 1_000 + 1), "dur_ms": "1"}
+        type=wire.DOWNSTREAM_PERIODIC, tags={"emit_us": str(end_ns // 1_000 + 1), "dur_ms": "60001"}
     )
     if note == "future":
         assert fold(periodic, envoy=LONG).long_rows[0].emit_ms == NOW_MS

@@ -380,3 +380,21 @@ def test_tcp_messages_in_slices_stay_tcp() -> None:
     fold = folder()
     assert fold.message(ORIGIN, raw, NOW_MS) == 800
     assert [total[:4] for total in fold.drain().totals.values()] == [[800, 0, 800, 1_600]]
+
+
+@pytest.mark.parametrize("rows", [1, 50, 51, 120, 3_000])
+def test_no_piece_of_a_message_holds_more_rows_than_may_hold_up_the_event_loop(rows: int) -> None:
+    raw = message(*(http_row(stream_id=f"s-{number}") for number in range(rows)), node_id="envoy-1")
+    pieces = list(parts(raw))
+    assert max(len(piece.entries) for piece in pieces) <= 50
+    assert all(piece.http == len(piece.entries) for piece in pieces)
+    assert b"".join(entry for piece in pieces for entry in piece.entries) == b"".join(
+        entry for piece in slices(raw) for entry in piece.entries
+    )
+    assert sum(len(piece.entries) for piece in pieces) == rows
+
+
+def test_a_cut_message_says_once_and_last_that_it_is_damaged() -> None:
+    raw = message(*(http_row() for _ in range(120)), node_id="envoy-1") + b"\x13"
+    pieces = list(parts(raw))
+    assert [bool(piece.damaged) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
