@@ -20,7 +20,7 @@ RUNNABLE := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-faults bench format protos docs lock clean lint types imports unit most-tests e2e-tests
+.PHONY: help setup run check test test-faults bench soak format protos docs lock clean lint types imports unit most-tests e2e-tests
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ test-faults: $(DEV)  ## 200 kills, 32 graceful stops, 100,000 mutated messages: 
 bench: $(DEV)  ## what checkpoints and a million open streams cost on this machine: about 5 minutes
 	@$(PY) bench/checkpoints.py
 	@$(PY) bench/memory_streams.py
+
+soak: $(DEV)  ## 5 million waiting events, then 20 minutes of load, churn, rotation and outages
+	@$(PY) bench/soak_backlog.py
+	@$(PY) bench/soak.py
 
 format: $(DEV)  ## rewrite the Python code in the house style
 	@$(PY) -m ruff check --fix .
