@@ -273,9 +273,8 @@ class Soak:
         ticks = os.sysconf("SC_CLK_TCK")
         print(f"{took / 60:.1f} min, {read:,} rows read ({read / took:,.0f} a second), {fates:,} with a fate")
         print(f"CPU {cpu / ticks / took * 100:.0f} % of a core, {cpu / ticks / read * 1e6:.2f} µs a row")
-        print(
-            f"{self.reconnects} connections ({self.broken} broken), {self.tokens} tokens, {self.outages} outages"
-        )
+        print(f"{self.reconnects} connections ({self.broken} broken), {self.tokens} tokens")
+        print(f"{self.outages} outages of the endpoint")
         print(f"delivered: {delivered} by meter; queue empty after {drained_s:.1f} s")
         first, last = self.memory[len(self.memory) // 4][1] >> 20, self.memory[-1][1] >> 20
         print(f"resident: {first} MiB after a quarter, {last} MiB at the end, slope {slope:+.1f} MiB an hour")
