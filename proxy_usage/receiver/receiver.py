@@ -11,13 +11,11 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from proxy_usage.admission import Admission, Refusal, refuse_identifier
 from proxy_usage.decode import Split, parts, read_identifier
@@ -27,6 +25,7 @@ from proxy_usage.model import Origin
 from proxy_usage.nodes import Nodes
 from proxy_usage.receiver.arrivals import Arrivals, Connection, connection
 from proxy_usage.receiver.credentials import Credentials, TlsFiles
+from proxy_usage.receiver.health import PortHealth
 from proxy_usage.receiver.port import ReceiverLimits, check_free, options
 from proxy_usage.receiver.room import Room
 
@@ -46,6 +45,8 @@ LOOK_S, CLOSE_LOOK_S = 0.1, 0.02
 _BROKEN_OFF_S = 0.05
 """A stream that broke off reads like one that ended; so soon afterwards gRPC tells them apart."""
 
+
+T = TypeVar("T")
 
 _stream_numbers = itertools.count(1)
 
@@ -75,6 +76,8 @@ class _Stream:
     gap_ms: int = USUAL_GAP_MS
     """Between its last two messages."""
     messages: int = 0
+    asks: bool = False
+    """Whether it is a health check."""
     peer: str = ""
     origin: Origin | None = None
     ending_ms: int | None = None
@@ -139,7 +142,7 @@ class Receiver:
         self._since_ms: dict[Connection, int] = {}  # when a connection's first stream began
         self._arrivals = Arrivals(port)
         self._looking: asyncio.Task[None] | None = None
-        self._health = health_aio.HealthServicer()
+        self._health = PortHealth(self._asked)
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
@@ -151,9 +154,11 @@ class Receiver:
         server = grpc.aio.server(options=options(self._limits))
         handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(self._stream)
         server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": handler}),)
+            (
+                grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": handler}),
+                self._health.handler(),
+            )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         check_free(self._host, self.port)
         address = f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
         try:
@@ -169,8 +174,7 @@ class Receiver:
         self._server = server
         self._arrivals = Arrivals(self.port)
         self._looking = asyncio.create_task(self._look_on(), name=f"port {self.port}")
-        for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.serving("", SERVICE)
         return self.port
 
     def admit(self, admission: Admission, tls: TlsFiles | None) -> None:
@@ -182,6 +186,8 @@ class Receiver:
         if self._credentials is not None and tls is not None:
             self._credentials.files = tls
         for stream in self._streams:
+            if stream.asks:
+                continue
             peer, refusal = admission.admit(stream.auth, stream.metadata)
             if refusal is None and stream.origin is not None:
                 refusal = admission.refuse_node(peer, stream.origin.node_id)
@@ -197,7 +203,7 @@ class Receiver:
         if self._server is None:
             return
         self._draining = True
-        await self._health.enter_graceful_shutdown()
+        await self._health.drain()
         stopping = asyncio.create_task(self._server.stop(timeout_s))
         while not stopping.done():
             self._end_quiet()
@@ -268,15 +274,16 @@ class Receiver:
 
     def _opened(self, stream: _Stream) -> None:
         self._streams.add(stream)
-        self._metrics.streams.inc()
+        self._metrics.streams.inc(not stream.asks)
         if stream.connection not in self._since_ms:
             self._since_ms[stream.connection] = stream.read_ms
-        self._room.opened(stream.connection, self._arrivals.received([stream.connection]))
+        received = self._arrivals.received([stream.connection])
+        self._room.opened(stream.connection, received, asks=stream.asks)
 
     def _closed(self, stream: _Stream) -> None:
         self._streams.discard(stream)
-        self._metrics.streams.dec()
-        self._room.closed(stream.connection)
+        self._metrics.streams.dec(not stream.asks)
+        self._room.closed(stream.connection, asks=stream.asks)
         if all(other.connection != stream.connection for other in self._streams):
             del self._since_ms[stream.connection]
 
@@ -317,6 +324,28 @@ class Receiver:
             return
         finally:
             self._nodes.left(origin.node_id, host)
+
+    async def _asked(
+        self, requests: AsyncIterator[T], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> T | None:
+        """The one message of a health check."""
+        task = asyncio.current_task()
+        assert task is not None
+        far_end = connection(context.peer()) or Connection(context.peer(), 0)
+        stream = _Stream(task, far_end, {}, {}, self._clock_ms(), asks=True)
+        self._opened(stream)
+        try:
+            async with asyncio.timeout(self._room.limits.first_message_ms / 1_000):
+                return await anext(requests, None)
+        except TimeoutError:
+            await self._refuse(context, _FIRST_MESSAGE)
+        except asyncio.CancelledError:
+            if stream.refusal is None:
+                raise
+            await self._refuse(context, stream.refusal)
+        finally:
+            self._closed(stream)
+        return None
 
     async def _first(
         self,

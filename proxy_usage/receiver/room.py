@@ -6,6 +6,9 @@ A message is held by gRPC until it is whole. Two bounds keep that from adding up
   while. Unread, HTTP/2's flow control holds it at one window.
 - What has arrived of unfinished messages is added up over all connections; when it passes the limit, the
   connection that holds most is ended, and so on until it fits.
+
+Health checks wait for no place, or whoever takes all of them would make Envoy believe us dead. A connection
+that has brought nothing else is ended when it holds more than one can need.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from proxy_usage.receiver.arrivals import Connection
 _BESIDE = 128
 _BESIDE_SHARE = 64
 _BESIDE_LOOK = 64
+ASKING = 64 << 10
+"""Bytes that a connection with nothing but health checks may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class RoomLimits:
 @dataclass(slots=True)
 class _Account:
     streams: int = 0
+    logs: int = 0
+    """Of these, streams of rows."""
     taken: int = 0
     """Bytes known to be in nobody's way any more."""
     held: int = 0
@@ -86,17 +93,25 @@ class Room:
         """Bytes of unfinished messages as of the last look."""
         return sum(account.held for account in self._accounts.values())
 
-    def opened(self, connection: Connection, received: Mapping[Connection, int]) -> None:
-        """A stream began. What the connection brought before its first one is nobody's concern any more."""
+    def opened(
+        self, connection: Connection, received: Mapping[Connection, int], *, asks: bool = False
+    ) -> None:
+        """A stream began. What the connection brought before its first one is nobody's concern any more.
+
+        Args:
+            asks: it is a health check.
+        """
         account = self._accounts.get(connection)
         if account is None:
             account = self._accounts[connection] = _Account(taken=received.get(connection, 0))
         account.streams += 1
+        account.logs += not asks
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: Connection, *, asks: bool = False) -> None:
         """A stream ended, and what it held is given back."""
         account = self._accounts[connection]
         account.streams -= 1
+        account.logs -= not asks
         if not account.streams:
             del self._accounts[connection]
 
@@ -111,7 +126,11 @@ class Room:
                 account.taken = min(account.taken + _BESIDE_LOOK, received[connection])
                 account.held = received[connection] - account.taken
         over = self.held - (self.limits.memory - self.limits.memory // 8)  # what arrives meanwhile fits, too
-        doomed = []
+        doomed = [
+            connection
+            for connection, account in self._accounts.items()
+            if not account.logs and account.held > ASKING
+        ]
         for connection, account in sorted(self._accounts.items(), key=lambda item: -item[1].held):
             if over <= 0:
                 break

@@ -80,15 +80,15 @@ class Raw:
     def _flush(self) -> None:
         self._writer.write(self._h2.data_to_send())
 
-    def open(self, *extra: tuple[str, str]) -> int:
-        """Begins a log stream."""
+    def open(self, *extra: tuple[str, str], path: str = PATH) -> int:
+        """Begins a stream, of rows unless said otherwise."""
         stream = self._h2.get_next_available_stream_id()
         self._h2.send_headers(
             stream,
             [
                 (":method", "POST"),
                 (":scheme", "http"),
-                (":path", PATH),
+                (":path", path),
                 (":authority", "sink"),
                 ("te", "trailers"),
                 ("content-type", "application/grpc"),

@@ -114,6 +114,36 @@ async def test_ten_connections_with_60_of_64_mib_each_stay_under_the_bound(tmp_p
         assert await site.refused("first_message") > 0
 
 
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_health_checks_without_end_are_ended_and_honest_ones_are_answered(
+    tmp_path: Path, method: str
+) -> None:
+    """They need no token and wait for no place, so they may hold next to nothing."""
+    async with running(tmp_path, memory="256MiB", new_streams=2, first_message="3s", connections=32) as site:
+        before = most = site.rss()
+        async with contextlib.AsyncExitStack() as stack:
+            raws = [await stack.enter_async_context(Raw(site.sink.grpc_port)) for _ in range(10)]
+            streams = [raw.open(path=f"/grpc.health.v1.Health/{method}") for raw in raws]
+            attack = asyncio.gather(
+                *(raw.begin_message(one, 64 * MIB, 60 * MIB) for raw, one in zip(raws, streams, strict=True))
+            )
+            while not attack.done():
+                most = max(most, site.rss())
+                await asyncio.sleep(0.02)
+                await site.well()
+            assert not any(await attack)
+            assert await site.refused("memory") == len(raws)
+        print(f"held {(most - before) // MIB} MiB")
+        assert most - before <= load(site.sink.config, {}).worst_case_memory()
+
+
+async def test_a_health_check_that_asks_nothing_is_ended(tmp_path: Path) -> None:
+    async with running(tmp_path, first_message="1s") as site, Raw(site.sink.grpc_port) as raw:
+        stream = raw.open(path="/grpc.health.v1.Health/Check")
+        await eventually(lambda: stream in raw.ended, "it is ended")
+        assert await site.refused("first_message") == 1
+
+
 async def test_admitted_senders_together_stay_under_the_bound(tmp_path: Path) -> None:
     """Each has sent a whole message before: only what has arrived, as the kernel counts it, tells."""
     async with running(tmp_path, memory="512MiB", new_streams=2, connections=32) as site:
