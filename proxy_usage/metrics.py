@@ -63,7 +63,12 @@ class Metrics:
         )
         self.noted = counter("entries_noted", "Counted entries with something odd about them.", "kind")
         self.late = counter("entries_late", "Counted entries that came after their window had closed.")
-        self.crash_lost = counter("crash_lost_entries", "Entries that were read and lost by a crash.")
+        self.crash_lost = counter(
+            "crash_lost_entries", "Entries that were read and lost by the last crash, by node.", "node"
+        )
+        self.crash_unknown = gauge(
+            "crash_loss_unknown_nodes", "Nodes of which nobody can say what the last crash lost."
+        )
 
         # long streams
         self.long_streams = gauge("streams_remembered", "Long streams whose totals are known.")

@@ -260,7 +260,10 @@ class Pipeline:
         self, window_ms: int, reason: str, identity: Identity, rows: int, amounts: Sequence[int]
     ) -> None:
         self.observed.unattributed[reason] += rows
+        whole = identity
         identity = overflow(identity) if reason == Reason.IDENTITY_LIMIT else trimmed(identity)
+        if identity != whole and reason != Reason.IDENTITY_LIMIT:
+            self.observed.notes["trimmed_identity"] += rows
         known = self._known.get(identity)
         if known is None:
             if len(self._known) >= self.max_held:

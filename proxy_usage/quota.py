@@ -13,7 +13,7 @@ MAX_KEPT_BYTES = 1_024
 
 
 class Quota:
-    """Distinct identities per node within an hour.
+    """Distinct identities per node, as its peer names it, within an hour.
 
     An identity is remembered by its hash: two that share one count as one, which nobody can bring about,
     since hashes of bytes differ from process to process.
@@ -23,7 +23,7 @@ class Quota:
         self._limit = limit
         self._hour = 0
         self._tracked = 0
-        self._seen: dict[str, set[int]] = {}
+        self._seen: dict[tuple[str, str], set[int]] = {}
 
     def admits(self, identity: Identity, now_ms: int) -> bool:
         """Whether the identity is known in this hour, or its node may bring another one."""
@@ -31,7 +31,7 @@ class Quota:
         if hour != self._hour or self._tracked >= MAX_TRACKED:
             self._hour, self._tracked = hour, 0
             self._seen.clear()
-        seen = self._seen.setdefault(identity.origin.node_id, set())
+        seen = self._seen.setdefault((identity.origin.peer, identity.origin.node_id), set())
         digest = hash(identity)
         if digest in seen:
             return True

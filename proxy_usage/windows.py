@@ -29,6 +29,7 @@ from typing import NamedTuple
 from proxy_usage.model import Amounts, Cell, Key
 
 CELL_LIMIT = 1 << 61
+HOUR_MS = 3_600_000
 TENANT_IDLE_MS = 86_400_000
 """A tenant unseen for a day no longer counts against ``max_tenants``."""
 
@@ -75,7 +76,8 @@ class Windows:
         reopen_ms: how long a late row keeps its window open.
         spread_ms: over how much time the closings of one window are spread.
         salt: differs between processes, so that siblings close the same key at other moments.
-        max_keys: bound on open cells; past it a tenant's new keys share one cell.
+        max_keys: bound on open cells; past it a tenant's new keys share one cell per window, and past twice
+            as many, when nothing could be closed for long, one per hour.
         defaults, max_tenants: see the attributes.
     """
 
@@ -156,8 +158,9 @@ class Windows:
         if len(self._queue) >= self._max_keys:
             self.overflow_rows += rows
             key = Key(key.tenant, self.defaults)
-            if len(self._queue) >= 2 * self._max_keys:  # windows of many hours: the present one takes all
-                window_ms = now_ms - now_ms % self.length_ms
+            if len(self._queue) >= 2 * self._max_keys:
+                # Nothing was closed for long: from here on a window a tenant and hour, its first, takes all.
+                window_ms = now_ms - now_ms % HOUR_MS
             shared = self._with_room(key, window_ms, amounts)
             if shared is not None:
                 return shared

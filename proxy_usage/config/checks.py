@@ -95,6 +95,18 @@ def _tls(config: Config) -> Iterator[Finding]:
                 if getattr(tls, other)
                 else f"give {name} and {other}",
             )
+    exposed = [
+        name
+        for name in ("grpc", "streams")
+        if (address := getattr(config.listen, name)) is not None and not is_loopback(address)
+    ]
+    if exposed and tls.client_ca_file is None and not (config.listen.token_file or config.listen.insecure):
+        yield Finding(
+            (*place, "client_ca_file"),
+            f"is missing, so anybody who reaches listen.{exposed[0]} may send rows, and bill",
+            "give client_ca_file (or listen.token_file), or listen.insecure: true if the network is trusted",
+            concerns=(("listen", "token_file"), ("listen", "insecure")),
+        )
     for name, value in (("allow_san", tls.allow_san), ("node_from_san", tls.node_from_san)):
         if value and tls.client_ca_file is None:
             yield Finding(

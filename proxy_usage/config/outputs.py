@@ -81,6 +81,9 @@ class OutputConfig(Section):
     """Bearer token, re-read when it changes."""
     ca_file: FilePath | None = None
     """Authorities to trust in place of the system's."""
+    cert_file: FilePath | None = None
+    """Client certificate, for endpoints that ask for one."""
+    key_file: FilePath | None = None
     batch: BatchConfig = BatchConfig()
     timeout: PositiveDuration = 60_000
     """Of one request. The endpoint itself may take 500 ms per event."""
@@ -99,10 +102,16 @@ class OutputConfig(Section):
     def _complete(self) -> Self:
         if self.format != "none" and self.url is None:
             raise Wrong(f"format {self.format} needs a url", "give url, or format: none to send nothing")
-        if self.ca_file is not None and self.url is not None and self.url.startswith("http:"):
-            raise Wrong(
-                "ca_file has no use with http", "write https in url, or remove ca_file", at=("ca_file",)
-            )
+        for name in ("ca_file", "cert_file", "key_file"):
+            if getattr(self, name) is not None and self.url is not None and self.url.startswith("http:"):
+                raise Wrong(
+                    f"{name} has no use with http", f"write https in url, or remove {name}", at=(name,)
+                )
+        for name, other in (("cert_file", "key_file"), ("key_file", "cert_file")):
+            if getattr(self, name) is None and getattr(self, other) is not None:
+                raise Wrong(
+                    f"{name} is missing", f"a client certificate needs both: give {name} beside {other}"
+                )
         if self.from_ is not None and self.until is not None and self.until <= self.from_:
             raise Wrong(
                 "until is not after from, so nothing would be sent", "set a later until", at=("until",)

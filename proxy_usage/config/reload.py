@@ -27,6 +27,8 @@ RELOADABLE = frozenset(
         "listen.http_token_file",
         "outputs.*.token_file",
         "outputs.*.ca_file",
+        "outputs.*.cert_file",
+        "outputs.*.key_file",
         "log",
     }
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import structlog
 
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING, Policy, Step
 from proxy_usage.delivery.transport import TokenFile, Transport
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import StoreError
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.base import Answer, Output
@@ -85,9 +85,9 @@ class Courier:
         """New events are in the queue."""
         self._wake.set()
 
-    def trust(self, token: TokenFile | None, roots: ssl.SSLContext) -> None:
-        """Sends with another token and to whom other roots vouch for, from the next request on."""
-        self._transport.trust(token, roots)
+    def trust(self, token: TokenFile | None, trust: Trust) -> None:
+        """Sends with another token and another trust, from the next request on."""
+        self._transport.trust(token, trust)
         self.notify()
 
     async def run(self) -> None:

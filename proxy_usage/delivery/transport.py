@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import ssl
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
 
-from proxy_usage.errors import ConfigError
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.outputs.base import Answer, Paused, Request, Retry
 
 MAX_ANSWER = 1 << 20
@@ -53,7 +52,7 @@ class Transport:
 
     Args:
         timeout_ms: for a whole request. It says nothing about what the endpoint committed.
-        ca_file: trusted roots instead of the system's.
+        trust: whom it believes, and the certificate it shows.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Transport:
         timeout_ms: int,
         concurrency: int,
         token: TokenFile | None = None,
-        ca_file: Path | None = None,
+        trust: Trust | None = None,
         compress: bool = False,
     ) -> None:
         self._url = url
@@ -71,12 +70,12 @@ class Transport:
         self._compress = compress
         self._timeout = aiohttp.ClientTimeout(total=timeout_ms / 1_000)
         self._concurrency = concurrency
-        self._ssl = trusted(ca_file)
+        self._trust = trust or Trust()
         self._session: aiohttp.ClientSession | None = None
 
-    def trust(self, token: TokenFile | None, roots: ssl.SSLContext) -> None:
-        """Requests from now on carry this token and trust these roots."""
-        self._token, self._ssl = token, roots
+    def trust(self, token: TokenFile | None, trust: Trust) -> None:
+        """Requests from now on carry this token and believe whom this says."""
+        self._token, self._trust = token, trust
 
     async def __aenter__(self) -> Transport:
         self._session = aiohttp.ClientSession(
@@ -106,7 +105,7 @@ class Transport:
             headers.update(self._token.header())
         try:
             async with self._session.post(
-                self._url, data=body, headers=headers, allow_redirects=False, ssl=self._ssl
+                self._url, data=body, headers=headers, allow_redirects=False, ssl=self._trust.context()
             ) as response:
                 answer = await response.content.read(MAX_ANSWER)
                 while len(answer) < MAX_ANSWER and (more := await response.content.read(MAX_ANSWER)):
@@ -129,19 +128,3 @@ class Transport:
 def _text(value: str) -> str:
     """What a peer said, as text that can be stored: its bytes that are not UTF-8 come as surrogates."""
     return value.encode("utf-8", "replace").decode()
-
-
-def trusted(ca_file: Path | None) -> ssl.SSLContext:
-    """The roots in a file, or the system's.
-
-    Raises:
-        ConfigError: the file holds no certificates.
-    """
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"cannot read the certificates in {ca_file}: {error}", hint="ca_file wants PEM certificates"
-        ) from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context

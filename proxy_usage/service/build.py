@@ -20,6 +20,7 @@ from proxy_usage.connections import Connections
 from proxy_usage.decode import EnvoySettings, Fold, SkipTest, Split
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
 from proxy_usage.delivery.transport import TokenFile
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import ConfigError
 from proxy_usage.events import Mint
 from proxy_usage.intake import Intake, Loss
@@ -356,6 +357,15 @@ def _allowed(texts: tuple[str, ...]) -> list[SanPattern]:
         ) from None
 
 
+def build_trust(output: OutputConfig) -> Trust:
+    """Whom an output believes, and the certificate it shows.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    return Trust(output.ca_file, output.cert_file, output.key_file)
+
+
 def build_couriers(
     config: Config, storage: Storage, thread: StoreThread, metrics: Metrics
 ) -> tuple[Courier, ...]:
@@ -383,7 +393,7 @@ def build_couriers(
                     timeout_ms=output.timeout,
                     concurrency=output.concurrency,
                     token=TokenFile(output.token_file) if output.token_file else None,
-                    ca_file=output.ca_file,
+                    trust=build_trust(output),
                     compress=output.gzip,
                 ),
                 Policy(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,12 +9,13 @@ from proxy_usage.admission import Admission
 from proxy_usage.attribution import Attributor
 from proxy_usage.config import Config, changed, needs_restart
 from proxy_usage.decode import Fold
-from proxy_usage.delivery.transport import TokenFile, trusted
+from proxy_usage.delivery.transport import TokenFile
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import ConfigError
 from proxy_usage.pipeline import Port
 from proxy_usage.receiver import TlsFiles
 from proxy_usage.receiver.credentials import check
-from proxy_usage.service.build import build_admission, build_attributor, build_folds, build_tls
+from proxy_usage.service.build import build_admission, build_attributor, build_folds, build_tls, build_trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Change:
     admission: Admission
     tls: TlsFiles | None
     http_token: TokenFile | None
-    trust: Mapping[str, tuple[TokenFile | None, ssl.SSLContext]]
-    """Token and trusted roots of each output that sends, by its name."""
+    trust: Mapping[str, tuple[TokenFile | None, Trust]]
+    """Token, roots and certificate of each output that sends, by its name."""
 
 
 def prepare(old: Config, new: Config) -> Change:
@@ -59,7 +59,7 @@ def prepare(old: Config, new: Config) -> Change:
         trust={
             output.name: (
                 TokenFile(output.token_file) if output.token_file else None,
-                trusted(output.ca_file),
+                build_trust(output),
             )
             for output in new.outputs
             if output.url is not None

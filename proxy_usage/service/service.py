@@ -17,6 +17,7 @@ from proxy_usage.control import ControlServer
 from proxy_usage.decode import Split
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
+from proxy_usage.intake import OTHERS
 from proxy_usage.metrics import Metrics
 from proxy_usage.model import Origin
 from proxy_usage.pipeline import Port
@@ -45,6 +46,8 @@ from proxy_usage.web import Health, Web
 
 log = structlog.get_logger()
 
+MAX_NODES_NAMED = 100
+"""Nodes with a label of their own in the metric of what a crash lost."""
 DRAIN_STREAMS_S = 5.0
 DRAIN_TURNS_S = 5.0
 """So long a full store is given to make room for what is only in memory."""
@@ -118,8 +121,9 @@ class Service:
             ListenError: a port cannot be had.
         """
         self._metrics.info.labels(version=__version__, fold="protobuf").set(1)
-        for rows in self._storage.loss.rows.values():
-            self._metrics.crash_lost.inc(rows)
+        for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
+            self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
+        self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
         http = await self._web.start()
         await self._control.start()
         self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
@@ -185,9 +189,12 @@ class Service:
         """Lets ``supervise`` return."""
         self._stopping.set()
 
-    def finish_store_calls(self) -> None:
-        """Blocks until the store call under way is done, so that the store can be closed."""
-        self._thread.close()
+    async def end(self) -> None:
+        """Ends what still runs, also after a start that failed half way, so that the store can be closed."""
+        for task in self._stages.values():
+            task.cancel()
+        await asyncio.gather(*self._stages.values(), return_exceptions=True)
+        await asyncio.to_thread(self._thread.close)
 
     def reload(self) -> None:
         """Takes over what may change while running; a configuration with mistakes changes nothing."""
@@ -311,7 +318,9 @@ class Service:
             name, policy = courier.settings.name, courier.policy
             oldest_ms = self._oldest_ms.get(courier.settings.output)
             if policy.paused is not None:
-                reasons[f"output {name} paused"] = f"{policy.paused}: {policy.detail[:200]}"
+                reasons[f"output {name} paused"] = (
+                    policy.paused
+                )  # its answer is for `status`: it may name a tenant
             elif oldest_ms is not None and now_ms - oldest_ms > STALLED_MS:
                 reasons[f"output {name} stalled"] = f"oldest event is {(now_ms - oldest_ms) // 1_000} s old"
         alive = all(not task.done() for task in self._stages.values())
@@ -356,6 +365,7 @@ async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored:
     second signal, or stopped with usage that the store did not take."""
     storage = open_storage(config, from_backup=restored)
     storage.past.tell(storage.loss)
+    service: Service | None = None
     try:
         service = Service(config, storage, reload=lambda: load(path, env))
         forced = asyncio.Event()
@@ -386,7 +396,8 @@ async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored:
             return 0
         log.warning("stopped before the drain was done; what was not durable is reported at the next start")
         drain.cancel()
-        await asyncio.to_thread(service.finish_store_calls)
         return 1
     finally:
+        if service is not None:
+            await service.end()
         storage.close()

@@ -29,6 +29,11 @@ RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
 
+def pause_s(interval_s: float, spent_s: float) -> float:
+    """How long no turn is taken after one that took ``spent_s``: they never take over a tenth of the time."""
+    return max(interval_s, SHARE * spent_s)
+
+
 class Turns:
     """Takes turns at the checkpoint interval.
 
@@ -84,7 +89,7 @@ class Turns:
             if not more:
                 # A turn that takes long is taken less often: never more than a tenth of the time.
                 spent_s = (time.perf_counter_ns() - started_ns) / 1e9
-                wait_s = self._retry_s if self.failure else max(self._interval_s, SHARE * spent_s)
+                wait_s = self._retry_s if self.failure else pause_s(self._interval_s, spent_s)
                 await self._rest(wait_s)
 
     async def _rest(self, wait_s: float) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import trustme
 from money import METERS, Store, cell, key
+from pki import Authority
 
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING
 from proxy_usage.delivery.transport import TokenFile
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.faults import Fault, Faults
@@ -92,7 +94,7 @@ async def delivering(
     concurrency: int = 2,
     batch_events: int = 100,
     token: TokenFile | None = None,
-    ca_file: Path | None = None,
+    trust: Trust | None = None,
     compress: bool = False,
     dedup_window_ms: int = 600_000,
 ) -> AsyncIterator[Delivery]:
@@ -114,7 +116,7 @@ async def delivering(
             timeout_ms=timeout_ms,
             concurrency=concurrency,
             token=token,
-            ca_file=ca_file,
+            trust=trust,
             compress=compress,
         ),
         Policy(RetrySettings(1, 8, dedup_window_ms), below=random.Random(5).randrange),
@@ -391,7 +393,7 @@ async def test_a_certificate_nobody_vouches_for_pauses_and_an_own_authority_is_t
             await delivery.add("alpha")
             await delivery.until(lambda: delivery.courier.policy.paused == "tls")
             assert billing.stored == {}
-        async with delivering(tmp_path, billing.url, ca_file=ca_file) as delivery:
+        async with delivering(tmp_path, billing.url, trust=Trust(ca_file)) as delivery:
             await delivery.until_fates(delivered=1)
 
 
@@ -399,7 +401,42 @@ def test_an_authority_that_cannot_be_read_is_a_mistake_of_the_configuration(tmp_
     (tmp_path / "ca.pem").write_text("no certificate")
     for name in ("ca.pem", "absent.pem"):
         with pytest.raises(ConfigError, match=name):
-            Transport("https://x", timeout_ms=1, concurrency=1, ca_file=tmp_path / name)
+            Trust(tmp_path / name)
+
+
+async def test_an_endpoint_that_asks_who_we_are_is_shown_a_certificate_and_its_renewal(
+    tmp_path: Path,
+) -> None:
+    authority = Authority(tmp_path, "site")
+    server = authority.issue("endpoint", ip=["127.0.0.1"])
+    ours = authority.issue("sink", dns=["sink.example.org"])
+    strange = Authority(tmp_path, "strange").issue("stranger")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=authority.file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(server.cert, server.key)
+    async with stand_in(tls=context) as billing:
+        async with delivering(tmp_path, billing.url, trust=Trust(authority.file)) as delivery:
+            await delivery.add("alpha")
+            await delivery.until(lambda: delivery.courier.policy.failures > 1)
+            assert billing.stored == {}
+        trust = Trust(authority.file, ours.cert, ours.key)
+        async with delivering(tmp_path, billing.url, trust=trust) as delivery:
+            await delivery.until_fates(delivered=1)
+            before = trust.context()
+            ours.key.write_bytes(strange.key.read_bytes())  # half of a renewal
+            assert trust.context() is before
+            authority.issue("sink", dns=["sink.example.org"])
+            assert trust.context() is not before
+            await delivery.add("beta")
+            await delivery.until_fates(delivered=2)
+
+
+def test_a_client_certificate_that_cannot_be_used_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "site")
+    one, other = authority.issue("one"), authority.issue("other")
+    for of_another in (other.key, tmp_path / "absent.pem"):
+        with pytest.raises(ConfigError, match=r"cannot use .*one\.pem with"):
+            Trust(authority.file, one.cert, of_another)
 
 
 # --- answers no endpoint should give --------------------------------------------------------------

@@ -103,7 +103,9 @@ async def test_counting_goes_on_while_the_disk_fails_and_nothing_is_lost(
             return (await sink.metrics())["entries_counted_total"] == world.truth.requests
 
         await eventually(counted, "rows are read on", why=sink.said)
-        assert (await sink.metrics())["store_failed"] == 1
+        metrics = await sink.metrics()
+        assert metrics["store_failed"] == 1
+        assert metrics["checkpoint_age_seconds"] >= 1  # what is not durable is this old
         assert (await sink.get("/healthz"))[0] == 200
         subprocess.run(["sync", "--file-system", str(disk.place)], check=False)  # as the kernel does in time
         await world.send(200)

@@ -81,7 +81,11 @@ async def paused(world: World) -> str:
         return "output billing paused" in await world.sink.reasons()
 
     await eventually(reason, "the output is paused", why=world.sink.said)
-    return (await world.sink.reasons())["output billing paused"]
+    pause = (await world.sink.reasons())["output billing paused"]
+    with world.sink.reader() as reader:
+        (output,) = reader.status().outputs
+    assert output.paused == pause, "what the endpoint said is for status: it may name a tenant"
+    return f"{pause}: {output.detail}"
 
 
 async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:

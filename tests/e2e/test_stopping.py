@@ -91,7 +91,7 @@ async def test_sigterm_under_load_loses_nothing_that_was_read(tmp_path: Path) ->
         await settled(world)
         assert sink.lost() == 0
         assert sink.events("a crash lost entries") == []
-        assert (await sink.metrics())["crash_lost_entries_total"] == 0
+        assert not any("crash_lost" in name for name in await sink.metrics())
         assert world.recorder is not None
         assert sink.read() <= sum(1 for _ in world.recorder.rows())
 

@@ -25,6 +25,7 @@ from money import Store
 
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
 from proxy_usage.delivery.transport import MAX_ANSWER
+from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.base import Answer, Verdict
 from proxy_usage.outputs.billing import Billing
@@ -108,7 +109,7 @@ async def delivering(
         store.queue,
         thread,
         watched,
-        Transport(url, timeout_ms=timeout_ms, concurrency=2, ca_file=ca_file),
+        Transport(url, timeout_ms=timeout_ms, concurrency=2, trust=Trust(ca_file)),
         Policy(RetrySettings(1, 8, 600_000), below=random.Random(5).randrange),
         metrics,
         clock_ms,

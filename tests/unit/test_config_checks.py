@@ -47,6 +47,27 @@ ONE_MISTAKE = {
         "none are asked for",
         "client_ca_file",
     ),
+    "certificates that nobody is asked for": (
+        "listen: {grpc: 0.0.0.0:9001, tls: {cert_file: there, key_file: there}}",
+        2,
+        "listen.tls.client_ca_file",
+        "anybody who reaches listen.grpc may send rows, and bill",
+        "give client_ca_file (or listen.token_file)",
+    ),
+    "long streams nowhere": (
+        "envoy: {long_streams: elsewhere}",
+        2,
+        "envoy.long_streams",
+        "flush_interval is off",
+        "access_log_flush_interval",
+    ),
+    "long streams twice": (
+        "listen: {streams: 127.0.0.1:9002}\nenvoy: {flush_interval: 60s, long_streams: elsewhere}",
+        3,
+        "envoy.long_streams",
+        "listen.streams is their port here",
+        "exactly one",
+    ),
     "message beyond gRPC": (
         "listen: {limits: {message: 2GiB}}",
         2,

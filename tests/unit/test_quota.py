@@ -25,6 +25,8 @@ def test_so_many_and_the_known_ones_go_on() -> None:
         False,
     ]
     assert some.admits(identity("b", "z"), 0)  # each node has its own
+    mine = identity("a", "z")  # and each peer: another's claims to be node a cost it nothing
+    assert some.admits(mine._replace(origin=mine.origin._replace(peer="spiffe://other")), 0)
 
 
 def test_each_hour_begins_anew() -> None:

@@ -209,13 +209,25 @@ def test_a_key_that_has_its_cell_keeps_its_dimensions_past_max_keys() -> None:
     }
 
 
-def test_past_twice_max_keys_windows_of_many_hours_are_counted_in_the_present_one() -> None:
+def test_past_twice_max_keys_windows_of_many_hours_are_counted_in_the_present_hours() -> None:
     open_windows = windows(max_keys=3)
     now_ms = T0 + DAY_MS
     for back in range(200):
         add(open_windows, now_ms, window_ms=now_ms - back * MINUTE_MS)
     assert len(open_windows) <= 7
     assert sum(cell.amounts[0] for cell in take(open_windows, now_ms + DAY_MS)) == 200
+
+
+def test_while_nothing_can_be_closed_a_tenant_takes_one_window_an_hour() -> None:
+    """A store that refuses for ten hours: memory is bounded, and no unit is lost."""
+    open_windows = windows(max_keys=100)
+    for minute in range(600):
+        now_ms = T0 + minute * MINUTE_MS
+        for tenant in range(10):
+            add(open_windows, now_ms, window_ms=now_ms - now_ms % MINUTE_MS, whose=key(f"t-{tenant}"))
+        open_windows.rollback(open_windows.begin(now_ms))
+    assert len(open_windows) <= 200 + 10 * (10 + 1)
+    assert sum(cell.amounts[0] for cell in take(open_windows, T0 + 30 * DAY_MS)) == 6_000
 
 
 def test_one_tenant_too_many_is_refused_and_nothing_of_it_is_added() -> None:
