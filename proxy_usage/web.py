@@ -78,7 +78,8 @@ class Web:
         self._limits = {False: request_s, True: answer_s}
         self._runner: web.AppRunner | None = None
         self._since: dict[object, tuple[bool, float]] = {}  # connection: whether it is answered, since when
-        self._sweeping: asyncio.Task[None] | None = None
+        self.guard: asyncio.Task[None] | None = None
+        """Closes connections that take too long, while the port is open."""
 
     async def start(self) -> int:
         """Listens. Returns the port, also where 0 was asked for.
@@ -109,13 +110,13 @@ class Web:
                 hint="perhaps another process has the port: change listen.http or stop it",
             ) from None
         self.port = self._runner.addresses[0][1]
-        self._sweeping = asyncio.create_task(self._sweep(), name="http port")
+        self.guard = asyncio.create_task(self._sweep(), name="http port")
         return self.port
 
     async def stop(self) -> None:
         """Stops listening."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        if self.guard is not None:
+            self.guard.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from proxy_usage.config.fields import is_loopback, split_address
+from proxy_usage.config.fields import UNREACHABLE, is_loopback, split_address
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import METER_TYPES, Config
 from proxy_usage.config.sources import RuleConfig
@@ -307,21 +307,29 @@ def _store(config: Config) -> Iterator[Finding]:
 def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.access) -> Iterator[Finding]:
     """What keeps a store from being opened at ``path``, without trying: directories and permissions."""
     place: Loc = ("store", "path")
+    try:
+        found = _store_finding(path, access)
+    except OSError as error:  # a directory above it may not be entered
+        found = (f"{path} cannot be reached: {error.strerror}", UNREACHABLE)
+    if found is not None:
+        yield Finding(place, *found)
+
+
+def _store_finding(path: Path, access: Callable[[Path, int], bool]) -> tuple[str, str] | None:
     directory = path.parent
     if path.is_dir():
-        yield Finding(place, f"{path} is a directory", "name a file, e.g. usage.db in it")
-    elif not directory.exists() and not directory.parent.is_dir():
-        yield Finding(place, f"directory {directory} does not exist", f"create it: mkdir -p {directory}")
-    elif directory.exists() and not directory.is_dir():
-        yield Finding(place, f"{directory} is not a directory", "name a file in a directory")
-    else:
-        writable = directory if directory.exists() else directory.parent
-        if not access(writable, os.W_OK | os.X_OK):
-            yield Finding(
-                place,
-                f"directory {writable} cannot be written by this user",
-                "grant write permission (chown, fsGroup), or name another directory",
-            )
+        return f"{path} is a directory", "name a file, e.g. usage.db in it"
+    if not directory.exists() and not directory.parent.is_dir():
+        return f"directory {directory} does not exist", f"create it: mkdir -p {directory}"
+    if directory.exists() and not directory.is_dir():
+        return f"{directory} is not a directory", "name a file in a directory"
+    writable = directory if directory.exists() else directory.parent
+    if not access(writable, os.W_OK | os.X_OK):
+        return (
+            f"directory {writable} cannot be written by this user",
+            "grant write permission (chown, fsGroup), or name another directory",
+        )
+    return None
 
 
 def _outputs(config: Config) -> Iterator[Finding]:

@@ -191,9 +191,16 @@ def _path(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.normpath(base / path))
 
 
+UNREACHABLE = "let this user enter the directories above it (chmod +x, fsGroup), or name another place"
+
+
 def _readable(path: Path) -> Path:
     """A file that must be there now: better to hear of it at start than at the first hand-shake."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a directory above it may not be entered
+        raise Wrong(f"file {path} cannot be reached: {error.strerror}", UNREACHABLE) from None
+    if not there:
         raise Wrong(
             f"file {path} does not exist",
             "create it, or correct the name (relative to the configuration file)",

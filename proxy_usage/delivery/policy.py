@@ -66,12 +66,17 @@ class Step:
         return self.outcome == "split" or (self.wait_ms is not None and not self.unanswered)
 
 
+GROW_AFTER = 100
+"""Batches taken whole after which one of twice the size is tried."""
+
+
 class Policy:
     """The state of one output: whether it fails or is paused, and what it has learned.
 
     Args:
         below: ``below(n)`` gives a random integer in 0 … n-1.
-        max_bytes: bound on a batch's body; lowered when the endpoint finds one too large.
+        max_bytes: bound on a batch's body; lowered when the endpoint finds one too large, and raised
+            again when it has taken many.
     """
 
     def __init__(
@@ -79,7 +84,8 @@ class Policy:
     ) -> None:
         self._settings = settings
         self._below = below
-        self.max_bytes = max_bytes
+        self.max_bytes = self._most_bytes = max_bytes
+        self._taken = 0
         self.failures = 0
         self.paused: str | None = None
         self.detail = ""
@@ -128,10 +134,18 @@ class Policy:
         self.accepted += delivered
         self._refused_at.pop(batch.id, None)
         if delivered == len(batch.events):
+            self._grow()
             if not batch.confirm:
                 self.apart -= {event.tenant for event in batch.events}
             return Step("delivered", self._doubted(batch, fates, now_ms))
         return Step("partial", self._doubted(batch, fates, now_ms))
+
+    def _grow(self) -> None:
+        """Dares larger batches again after many that were taken: the limit may have been a mistake."""
+        self._taken += self.max_bytes < self._most_bytes
+        if self._taken >= GROW_AFTER:
+            self._taken = 0
+            self.max_bytes = min(self._most_bytes, 2 * self.max_bytes)
 
     def _doubted(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Mapping[int, Fate]:
         """Marks what was accepted when the endpoint may have forgotten that it had stored it before."""
@@ -167,6 +181,7 @@ class Policy:
         if verdict.too_large and len(seqs) > 1:
             size = sum(len(event.body) + 1 for event in batch.events)
             self.max_bytes = max(1, min(self.max_bytes, size // 2))
+            self._taken = 0
         if len(seqs) > 1:
             half = len(seqs) // 2
             return Step(

@@ -49,7 +49,7 @@ class Billing:
         status = answer.status
         if 200 <= status < 300:
             return _read_success(answer, events, text)
-        if status in (400, 422):
+        if status == 400:
             code, detail = _error(answer.body)
             return Refused(status, detail or text, code if code in EVENT_CODES else "")
         if status == 413:

@@ -141,7 +141,8 @@ class Receiver:
         self._streams: set[_Stream] = set()
         self._since_ms: dict[Connection, int] = {}  # when a connection's first stream began
         self._arrivals = Arrivals(port)
-        self._looking: asyncio.Task[None] | None = None
+        self.guard: asyncio.Task[None] | None = None
+        """Holds senders to their bounds while the port is open."""
         self._health = PortHealth(self._asked)
         self._server: grpc.aio.Server | None = None
 
@@ -173,7 +174,7 @@ class Receiver:
         await server.start()
         self._server = server
         self._arrivals = Arrivals(self.port)
-        self._looking = asyncio.create_task(self._look_on(), name=f"port {self.port}")
+        self.guard = asyncio.create_task(self._look_on(), name=f"port {self.port}")
         await self._health.serving("", SERVICE)
         return self.port
 
@@ -209,8 +210,8 @@ class Receiver:
             self._end_quiet()
             await asyncio.wait([stopping], timeout=0.05)
         await stopping
-        if self._looking is not None:
-            self._looking.cancel()
+        if self.guard is not None:
+            self.guard.cancel()
 
     # --- which streams have to end ----------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import structlog
@@ -138,6 +138,8 @@ class Service:
             salvaging = salvage_all(salvages, self._thread, self._metrics, clock_ms)
             self._stages["salvage"] = asyncio.create_task(salvaging, name="salvage")
         grpc = [await receiver.start() for receiver in self._receivers]
+        for watch in self._guards():
+            self._stages[watch.get_name()] = watch
         self._started = True
         # What was built until here stays: collections need not walk it again and again (158 ms at a time with
         # a million streams).
@@ -225,6 +227,8 @@ class Service:
 
     async def drain(self) -> None:
         """Reads what was sent, makes it durable, delivers for a while. What is left is in the store."""
+        for watch in self._guards():
+            self._stages.pop(watch.get_name(), None)  # each ends with its port
         await asyncio.gather(*(receiver.drain(DRAIN_STREAMS_S) for receiver in self._receivers))
         self._turns.stop()
         turns = self._stages.pop("turns", None)
@@ -270,6 +274,11 @@ class Service:
     def _take(self, port: Port, origin: Origin, part: Split, now_ms: int) -> None:
         self._storage.intake.add(origin.node_id, len(part.entries))
         self._pipeline.take(port, origin, part, now_ms)
+
+    def _guards(self) -> Iterator[asyncio.Task[None]]:
+        """What keeps ports within their bounds: without it the process must not live on."""
+        guards = [*(receiver.guard for receiver in self._receivers), self._web.guard]
+        yield from (guard for guard in guards if guard is not None)
 
     def _wake(self) -> None:
         for courier in self._couriers:

@@ -25,13 +25,17 @@ SLICE = 1_000
 """Keys closed in one turn; more that are due follow in the next, without waiting."""
 SHARE = 9
 """After a turn nothing is saved for so many times as long as it took."""
+MAX_PAUSE_S = 5.0
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
 
 def pause_s(interval_s: float, spent_s: float) -> float:
-    """How long no turn is taken after one that took ``spent_s``: they never take over a tenth of the time."""
-    return max(interval_s, SHARE * spent_s)
+    """How long no turn is taken after one that took ``spent_s``: they never take over a tenth of the time.
+
+    One that took very long waited for its disk and used no core: it must not keep the next from being saved.
+    """
+    return max(interval_s, min(MAX_PAUSE_S, SHARE * spent_s))
 
 
 class Turns:

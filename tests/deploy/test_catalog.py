@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from conftest import ALLOWED_SKIP
 
 from proxy_usage.catalog import WARNING, check_config, check_rules, load_catalog
 from proxy_usage.config import Config, load
@@ -151,10 +152,18 @@ def kubectl_builds_components() -> str:
         return "kubectl is not installed"
     printed = subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True, text=True)
     version = json.loads(printed.stdout)["clientVersion"]
-    major, minor = (int(re.match(r"\d+", version[part])[0]) for part in ("major", "minor"))  # type: ignore[index]
-    if (major, minor) < (1, 21):
-        return f"kubectl {major}.{minor} is older than 1.21, the first that builds Components"
-    return ""
+    return too_old(version["gitVersion"])
+
+
+def too_old(version: str) -> str:
+    """Why this kubectl builds no Components; nothing when it does."""
+    major, minor = map(int, re.findall(r"\d+", version)[:2])
+    return f"{ALLOWED_SKIP}: {version} builds no Components" if (major, minor) < (1, 21) else ""
+
+
+@pytest.mark.parametrize(("version", "old"), [("v1.20.5+k3s1", True), ("v1.21.0", False), ("v2.0.0", False)])
+def test_a_kubectl_that_builds_no_components_is_the_one_skip_that_is_allowed(version: str, old: bool) -> None:
+    assert too_old(version).startswith(ALLOWED_SKIP) is old
 
 
 needs_kubectl = pytest.mark.skipif(bool(why := kubectl_builds_components()), reason=why or "kubectl is here")

@@ -6,6 +6,7 @@ error (SQLITE_IOERR), and then the file system turns itself read-only. Only a re
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ class FailingDisk:
         self._filler: Path | None = None
 
     def make(self) -> None:
+        if shutil.which("mkfs.ext4") is None:
+            pytest.skip("mkfs.ext4 is not installed")
         self.place.mkdir()
         self._under.mkdir()
         made = subprocess.run(

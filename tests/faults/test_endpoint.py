@@ -352,7 +352,7 @@ CASES = {
     "405": Case(says(b"", "405 Method Not Allowed"), "misconfigured"),
     "408": Case(says(b"", "408 Request Timeout"), "timeout"),
     "413": Case(says(b"", "413 Content Too Large"), "split"),
-    "422": Case(says(b"", "422 Unprocessable Content"), "split"),
+    "422": Case(says(b"", "422 Unprocessable Content"), "misconfigured"),
     "429 with seconds": Case(says(b"", "429 Too Many Requests", "Retry-After: 0"), "throttled"),
     "429 with a date": Case(
         says(b"", "429 Later", "Retry-After: Sun, 06 Nov 1994 08:49:37 GMT"), "throttled"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,39 @@ def test_a_dimension_may_be_mapped_to_any_text(tmp_path: Path) -> None:
     (tmp_path / "map.yaml").write_text("a: Some Text\n")
     config = read("dimensions: {a: {sni: true, map_file: map.yaml}}", tmp_path)
     assert config.dimensions["a"].mapping == {"a": "Some Text"}
+
+
+UNENTERABLE = {
+    "store.path": "store: {{path: {closed}/usage.db}}",
+    "listen.token_file": "listen: {{token_file: {closed}/token}}",
+    "tenant.rules[0].map_file": "tenant: {{rules: [{{authority: true, map_file: {closed}/map.yaml}}]}}",
+}
+
+
+@pytest.mark.parametrize("key", UNENTERABLE)
+def test_a_directory_that_may_not_be_entered_is_named(tmp_path: Path, key: str) -> None:
+    closed = tmp_path / "closed" / "below"
+    closed.mkdir(parents=True)
+    closed.parent.chmod(0o700 if os.geteuid() == 0 else 0)
+    try:
+        with unprivileged(), pytest.raises(ConfigError) as caught:
+            read(UNENTERABLE[key].format(closed=closed), tmp_path)
+    finally:
+        closed.parent.chmod(0o700)
+    said = "\n".join(caught.value.mistakes)
+    assert key in said
+    assert "cannot be reached: Permission denied" in said
+    assert "let this user enter" in said
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may enter everything: as somebody else then."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -8,6 +8,7 @@ import pytest
 from money import HOUR_MS, T0, Store
 
 from proxy_usage.delivery.policy import (
+    GROW_AFTER,
     MAX_AMBIGUOUS,
     MAX_APART,
     REFUSING_EVERYTHING,
@@ -198,6 +199,17 @@ def test_a_batch_too_large_is_split_and_later_ones_are_made_smaller() -> None:
     assert it.max_bytes == 200
     it.decide(batch(100, size=99), Refused(413, "", too_large=True), T0)
     assert it.max_bytes == 200
+
+
+def test_larger_batches_are_dared_again_after_many_that_were_taken() -> None:
+    it = policy(max_bytes=1_000)
+    it.decide(batch(4, size=99), Refused(413, "", too_large=True), T0)
+    sizes = []
+    for _ in range(4 * GROW_AFTER):
+        it.decide(batch(2), Settled({1: Fate("delivered"), 2: Fate("delivered")}), T0)
+        sizes.append(it.max_bytes)
+    assert sorted(set(sizes)) == [200, 400, 800, 1_000]
+    assert sizes.count(200) == GROW_AFTER - 1
 
 
 def test_one_event_too_large_is_a_dead_letter() -> None:
