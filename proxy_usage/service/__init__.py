@@ -8,7 +8,7 @@ from pathlib import Path
 
 from proxy_usage.config import load
 from proxy_usage.service.logs import configure_log
-from proxy_usage.service.service import serve
+from proxy_usage.service.serving import serve
 
 
 def run(config_path: Path, env: Mapping[str, str], *, restored: bool = False) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import structlog
 
 from proxy_usage import __version__
-from proxy_usage.config import Config, load
+from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.control import ControlServer
 from proxy_usage.decode import Split
@@ -32,7 +30,6 @@ from proxy_usage.service.build import (
     build_receivers,
     build_repairs,
     clock_ms,
-    open_storage,
 )
 from proxy_usage.service.checking import check_beside
 from proxy_usage.service.logs import configure_log
@@ -367,46 +364,3 @@ class Service:
             metrics.oldest.labels(output=name).set(max(0, now_ms - oldest_ms) / 1_000 if oldest_ms else 0)
             metrics.paused.labels(output=name).set(courier.policy.paused is not None)
             metrics.stage_beat.labels(stage=f"output {name}").set((now_ms - courier.beat_ms) / 1_000)
-
-
-async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
-    """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
-    second signal, or stopped with usage that the store did not take."""
-    storage = open_storage(config, from_backup=restored)
-    storage.past.tell(storage.loss)
-    service: Service | None = None
-    try:
-        service = Service(config, storage, reload=lambda: load(path, env))
-        forced = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            (forced.set if service.stopping else service.request_stop)()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        loop.add_signal_handler(signal.SIGHUP, service.reload)
-        await service.start()
-        try:
-            await service.supervise()
-        except StageDied:
-            await service.drain()
-            raise
-        log.info("draining")
-        drain = asyncio.create_task(service.drain())
-        force = asyncio.create_task(forced.wait())
-        done, _ = await asyncio.wait([drain, force], return_when=asyncio.FIRST_COMPLETED)
-        force.cancel()
-        if drain in done:
-            drain.result()
-            if service.store_failure is not None:
-                return 1
-            log.info("drained")
-            return 0
-        log.warning("stopped before the drain was done; what was not durable is reported at the next start")
-        drain.cancel()
-        return 1
-    finally:
-        if service is not None:
-            await service.end()
-        storage.close()

@@ -1,0 +1,60 @@
+"""The process: a service from its start to its end, signals, and the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+from proxy_usage.config import Config, load
+from proxy_usage.errors import StageDied
+from proxy_usage.service.build import open_storage
+from proxy_usage.service.service import Service
+
+log = structlog.get_logger()
+
+
+async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
+    """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
+    second signal, or stopped with usage that the store did not take."""
+    storage = open_storage(config, from_backup=restored)
+    storage.past.tell(storage.loss)
+    service: Service | None = None
+    try:
+        service = Service(config, storage, reload=lambda: load(path, env))
+        forced = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            (forced.set if service.stopping else service.request_stop)()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, service.reload)
+        await service.start()
+        try:
+            await service.supervise()
+        except StageDied:
+            await service.drain()
+            raise
+        log.info("draining")
+        drain = asyncio.create_task(service.drain())
+        force = asyncio.create_task(forced.wait())
+        done, _ = await asyncio.wait([drain, force], return_when=asyncio.FIRST_COMPLETED)
+        force.cancel()
+        if drain in done:
+            drain.result()
+            if service.store_failure is not None:
+                return 1
+            log.info("drained")
+            return 0
+        log.warning("stopped before the drain was done; what was not durable is reported at the next start")
+        drain.cancel()
+        return 1
+    finally:
+        if service is not None:
+            await service.end()
+        storage.close()
