@@ -61,6 +61,11 @@ async def test_a_recording_adds_up_to_what_was_sent(tmp_path: Path) -> None:
         assert totals == await _totals(sink, original) == await _totals(sink, hashed)
         assert totals["tenants"]["alpha"]["requests"] > 0
 
+        for name in ("long_lived", "websocket_periodic"):  # running totals, on streams that are told apart
+            recorded = tmp_path / f"{name}.binpb"
+            await _recorded(sink, recorded, name=name)
+            assert await _totals(sink, recorded) == await _totals(sink, original.with_name(f"{name}.binpb"))
+
         received = json.loads(plain.with_suffix(".received.json").read_text())
         assert len(received) == messages == len(json.loads(plain.with_suffix(".streams.json").read_text()))
         assert plain.stat().st_mode & 0o777 == hashed.stat().st_mode & 0o777 == 0o600

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pki import Authority
 
 from proxy_usage.demo import envoy as envoy_module
 from proxy_usage.demo.bootstrap import EnvoyOptions, bootstrap
@@ -238,9 +239,21 @@ def test_the_envoy_package_is_never_imported() -> None:
 # ── configurations ──
 
 
-@pytest.mark.parametrize("name", ["envoy.yaml", "envoy-two-sinks.yaml"])
-async def test_deployed_configuration_is_valid(name: str) -> None:
-    assert "OK" in await validate(DEPLOY / name)
+SHIPPED = ["envoy.yaml", "envoy-two-sinks.yaml", "envoy-tls.yaml"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+async def test_deployed_configuration_is_valid(name: str, tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "ca")
+    pair = authority.issue("tls", dns=["edge.example.org"])
+    text = (DEPLOY / name).read_text()
+    # Whatever certificate a file names, there is one.
+    for named in set(re.findall(r"/etc/envoy/tls/\S+?\.\w+", text)):
+        of = authority.file if "ca" in Path(named).stem else pair.key if named.endswith(".key") else pair.cert
+        text = text.replace(named, str(of))
+    path = tmp_path / name
+    path.write_text(text)
+    assert "OK" in await validate(path)
 
 
 async def test_validate_says_what_is_wrong(tmp_path: Path) -> None:
@@ -280,7 +293,7 @@ def loggers(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [log["typed_config"]["common_config"] for log in access_log]
 
 
-@pytest.mark.parametrize("name", ["envoy.yaml", "envoy-two-sinks.yaml"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_demo_and_deployed_configurations_send_the_same_tags(name: str) -> None:
     demo = bootstrap(EnvoyOptions(TENANTS, ("127.0.0.1", 9), als=[("127.0.0.1", 9001)]))
     deployed = yaml.safe_load((DEPLOY / name).read_text())
