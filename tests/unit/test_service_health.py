@@ -1,0 +1,78 @@
+"""What /healthz and /readyz say of stages that show no life or died, and of events that nobody takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from proxy_usage.config import Config, load_text
+from proxy_usage.errors import StageDied
+from proxy_usage.service.build import clock_ms, open_storage
+from proxy_usage.service.service import STALE_BEAT_MS, STALLED_MS, Service
+
+SETTINGS = """
+listen: {grpc: "127.0.0.1:0", http: "127.0.0.1:0"}
+outputs: [{name: billing, url: "http://127.0.0.1:9/v1/usage/events:batchIngest"}]
+"""
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """A service that serves, on ports of its own."""
+    config = load_text(
+        f"{SETTINGS}store: {{path: {tmp_path}/usage.db}}", origin="test", base=tmp_path, env={}
+    )
+
+    def reload() -> Config:
+        return config
+
+    storage = open_storage(config)
+    made = Service(config, storage, reload=reload)
+    await made.start()
+    yield made
+    await made.drain()
+    await made.end()
+    storage.close()
+
+
+async def test_all_is_well(service: Service) -> None:
+    assert (service.health().alive, service.health().reasons) == (True, {})
+
+
+@pytest.mark.parametrize("times", [2, 11])
+async def test_a_stage_without_a_sign_of_life_is_named_and_in_time_a_reason_to_restart(
+    service: Service, times: int
+) -> None:
+    service._turns.stop()  # it would show one at once
+    await service._stages["turns"]
+    silent = asyncio.create_task(asyncio.Event().wait())
+    service._stages["turns"] = silent  # type: ignore[assignment]
+    service._turns.beat_ms = clock_ms() - times * STALE_BEAT_MS
+    health = service.health()
+    assert health.reasons["turns"].startswith("no sign of life for ")
+    assert health.alive is (times < 10)
+    silent.cancel()
+
+
+async def test_events_that_no_output_takes_for_long_are_a_reason(service: Service) -> None:
+    (courier,) = service._couriers
+    service._oldest_ms[courier.settings.output] = clock_ms() - STALLED_MS - 1_000
+    assert service.health().reasons == {"output billing stalled": "oldest event is 601 s old"}
+
+
+@pytest.mark.parametrize("stage", ["turns", "watch", "output billing", "http port"])
+async def test_a_stage_that_ended_ends_the_process_and_is_named(service: Service, stage: str) -> None:
+    service._stages[stage].cancel()
+    with pytest.raises(StageDied, match=f"the stage '{stage}' ended by itself"):
+        await service.supervise()
+    assert not service.health().alive
+
+
+async def test_the_guard_of_a_port_is_a_stage(service: Service) -> None:
+    (guard,) = [stage for name, stage in service._stages.items() if name.startswith("port ")]
+    guard.cancel()
+    with pytest.raises(StageDied, match="the stage 'port "):
+        await service.supervise()
