@@ -53,7 +53,7 @@ format: $(DEV)  ## rewrite the Python code in the house style
 protos: $(DEV)  ## regenerate the protobuf code from protos/
 	@$(PY) protos/generate.py
 
-docs: $(DEV)  ## rewrite docs/troubleshooting.md from the code
+docs: $(DEV)  ## rewrite docs/troubleshooting.md and configuration.md from the code
 	@$(PY) docs/write_pages.py
 
 lock:  ## rewrite requirements/*.txt from pyproject.toml; UPGRADE=1: with the newest versions

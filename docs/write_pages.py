@@ -1,24 +1,34 @@
-"""Writes docs/troubleshooting.md from the code: every error a person can meet, its cause and its remedy.
+"""Writes the pages that are made from the code, so that they are as true as the program.
 
     python docs/write_pages.py
 
-Errors say themselves what is wrong and what to do (``proxy_usage/errors.py``); this collects the places where
-they are raised, so that the page is as true as the program. A test fails when it is not current.
+- docs/troubleshooting.md: every error a person can meet, its cause and its remedy. Errors say themselves what
+  is wrong and what to do (``proxy_usage/errors.py``); this collects the places where they are raised.
+- docs/configuration.md: every key, from the models in ``proxy_usage/config``.
+
+A test fails when one of them is not current.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
 
 from proxy_usage import errors
+from proxy_usage.config import Config, load_text, needs_restart, show
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
+REFERENCE = ROOT / "config" / "proxy-usage.yaml"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
 KINDS = {
     name: kind
     for name, kind in inspect.getmembers(errors, inspect.isclass)
@@ -60,8 +70,9 @@ class Found(NamedTuple):
 
 
 def main() -> None:
-    """Writes the page."""
+    """Writes the pages."""
     PAGE.write_text(page(), encoding="utf-8")
+    CONFIGURATION.write_text(configuration(), encoding="utf-8")
 
 
 def page() -> str:
@@ -121,6 +132,105 @@ def wording(node: ast.expr) -> str:
         case _:
             said = ""
     return re.sub(r"\s+", " ", said).replace("|", "\\|").replace("<", "&lt;").strip()
+
+
+CONFIGURATION_HEAD = """\
+# Configuration
+
+<!-- Written by docs/write_pages.py from the models; do not edit. -->
+
+One YAML file, named by `--config` or `PROXY_USAGE_CONFIG`. An unknown key is an error that names line and
+nearest key. `${VAR}`, `${VAR:-default}` and `${VAR:?message}` are replaced inside values, after parsing. Durations
+are written like `250ms`, `60s`, `1h30m`, sizes like `64MiB`, times like `2026-12-01T00:00:00Z`. Names of files
+are relative to the configuration file. [config/proxy-usage.yaml](../config/proxy-usage.yaml) is the same with
+comments and examples; `proxy-usage config schema` prints the JSON Schema, `proxy-usage config show` what is
+in force. Keys marked ↻ are taken over at SIGHUP, the others need a restart.
+"""
+
+
+def configuration() -> str:
+    """The page of all keys."""
+    shown = yaml.safe_load(show(load_text(EXAMPLE, origin="example", base=Path("/"), env={})))
+    shown["store"]["path"] = shown["store"]["path"].removeprefix("/")
+    return CONFIGURATION_HEAD + "".join(section(Config, "", shown, comments()))
+
+
+EXAMPLE = "outputs: [{name: billing, url: 'https://billing.example.org/v1/usage/events:batchIngest'}]\n"
+
+
+def comments() -> dict[str, str]:
+    """What stands behind the keys of the commented reference, by dotted key."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for line in REFERENCE.read_text(encoding="utf-8").splitlines():
+        read = re.match(r"( *(?:- )?)(\w+):(?: .*?)?(?:\s+# +(.*))?$", line)
+        if read is None:
+            continue
+        indent, key, comment = len(read[1]), read[2], read[3]
+        while above and above[-1][0] >= indent:
+            above.pop()
+        above.append((indent, key))
+        if comment:
+            found[".".join(name for _, name in above)] = comment
+    return found
+
+
+def section(model: type[BaseModel], path: str, shown: Any, said: Mapping[str, str]) -> Iterator[str]:
+    """A model's keys as a table, then those of the models in it."""
+    inner: list[tuple[type[BaseModel], str, Any]] = []
+    rows = []
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        dotted = f"{path}.{key}" if path else key
+        value = shown.get(key) if isinstance(shown, dict) else None
+        below, many = models(field.annotation)
+        if below is not None:
+            place = f"{dotted}.NAME" if many == "mapping" else f"{dotted}[]" if many else dotted
+            inner.append((below, place, value if not many else first(value)))
+        default = "" if field.is_required() else "see below" if below and value else shortly(value)
+        marked = f"`{key}`" + (" ↻" if not needs_restart([dotted.replace("[]", ".NAME")]) else "")
+        plain = re.sub(r"\[\]|\.NAME", "", dotted)
+        about = field.description or said.get(plain) or (inspect.getdoc(below) if below else None) or ""
+        rows.append(f"| {marked} | {default} | {sentence(about)} |")
+    title = f"`{path}`" if path else "The whole file"
+    about = " ".join((inspect.getdoc(model) or "").split())
+    yield f"\n## {title}\n\n{about.replace('``', '`')}\n\n"
+    yield "| key | default | what it is |\n| --- | --- | --- |\n"
+    yield "\n".join(row.replace("``", "`") for row in rows) + "\n"
+    for below, place, value in inner:
+        yield from section(below, place, value, said)
+
+
+def sentence(text: str) -> str:
+    """Begins like one and ends like one."""
+    text = " ".join(text.split())
+    return text[:1].upper() + text[1:] + ("" if not text or text[-1] in ".:?!)" else ".")
+
+
+def models(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The model that a field holds, and whether it holds a ``mapping`` or a ``list`` of them."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    origin = get_origin(annotation)
+    for part in get_args(annotation):
+        found, many = models(part)
+        if found is not None:
+            kind = "mapping" if origin is Mapping else "list" if origin is tuple else many
+            return found, kind
+    return None, ""
+
+
+def first(value: Any) -> Any:
+    """An example of many."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    return values[0] if values else None
+
+
+def shortly(value: Any) -> str:
+    """A default as it is written."""
+    if value is None:
+        return "unset"
+    return "`" + (json.dumps(value).strip('"').replace("|", "\\|") or '""') + "`"
 
 
 if __name__ == "__main__":

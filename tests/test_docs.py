@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+from proxy_usage.config import json_schema
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,6 +21,20 @@ def generator() -> ModuleType:
 def test_troubleshooting_is_current() -> None:
     page = ROOT / "docs" / "troubleshooting.md"
     assert page.read_text(encoding="utf-8") == generator().page(), "run: make docs"
+
+
+def test_the_page_of_all_keys_is_current_and_complete() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == generator().configuration(), "run: make docs"
+    schema = json_schema()
+    keys = {key for model in (schema, *schema["$defs"].values()) for key in model.get("properties", ())}
+    assert {key for key in keys if f"| `{key}`" not in page} == set()
+
+
+def test_every_key_says_what_it_is() -> None:
+    rows = [line for line in generator().configuration().splitlines() if line.startswith("| `")]
+    silent = [row for row in rows if row.endswith("|  |")]
+    assert not silent, silent
 
 
 def test_every_error_that_is_raised_is_on_it() -> None:

@@ -65,7 +65,9 @@ class TlsConfig(Section):
     """TLS of the gRPC listeners. Files are read again when they change."""
 
     cert_file: FilePath | None = None
+    """Certificate of the sink, PEM, with its chain."""
     key_file: FilePath | None = None
+    """Its private key, PEM."""
     client_ca_file: FilePath | None = None
     """Authorities of client certificates; with it, clients without one are refused."""
     allow_san: tuple[Text, ...] = ()
@@ -128,8 +130,11 @@ class TagsConfig(Section):
     """Names of the custom tags in which Envoy is told to carry what its rows lack."""
 
     connection_id: Text = "conn_id"
+    """Custom tag that holds `%CONNECTION_ID%`."""
     duration_ms: Text = "dur_ms"
+    """Custom tag that holds `%DURATION%`, for rows of open streams."""
     emit_us: Text = "emit_us"
+    """Custom tag that holds `%EMIT_TIME(%s%6f)%`, likewise."""
 
 
 class EnvoyConfig(Section):
@@ -149,7 +154,9 @@ class UnattributedConfig(Section):
     """What is kept of usage that has no tenant."""
 
     max_identities: Count = 10_000
+    """Raw identities that are told apart; usage of further ones is one heap."""
     keep: PositiveDuration = 90 * _DAY
+    """How long it is held for a decision; then it is written off."""
 
 
 class TenantConfig(Section):
@@ -214,6 +221,7 @@ class StoreConfig(Section):
     path: AnyPath = Field(default=Path("var/usage.db"), validate_default=True)
     max_bytes: PositiveSize = 8 * _GIB
     ledger_max_bytes: PositiveSize = _GIB
+    """Bound on the ledger and its hourly sums: beyond it, rows become hourly sums early."""
     keep_delivered: PositiveDuration = 7 * _DAY
     keep_sums: PositiveDuration = 400 * _DAY
 
@@ -226,6 +234,7 @@ class AuditConfig(Section):
     members: tuple[HttpUrl, ...] = ()
     """HTTP addresses of the other sinks that share the rows."""
     interval: PositiveDuration = 60_000
+    """How often the counters are compared."""
 
 
 class LogConfig(Section):

@@ -58,7 +58,9 @@ class RetryConfig(Section):
     """Full-jitter exponential backoff: each pause is random between 0 and a limit that doubles."""
 
     initial: PositiveDuration = 500
+    """Limit of the first pause."""
     max: PositiveDuration = 60_000
+    """Limit of any pause."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -75,6 +77,7 @@ class OutputConfig(Section):
     format: Annotated[Literal["billing", "none"], BeforeValidator(_format)] = "billing"
     """``billing``: JSON batches for the billing endpoint. ``none``: nothing is sent, the ledger is kept."""
     url: HttpUrl | None = None
+    """Where batches are posted; `format: none` needs none."""
     source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
     """The CloudEvents ``source`` of all events."""
     token_file: FilePath | None = None
@@ -84,6 +87,7 @@ class OutputConfig(Section):
     cert_file: FilePath | None = None
     """Client certificate, for endpoints that ask for one."""
     key_file: FilePath | None = None
+    """Private key of the client certificate."""
     batch: BatchConfig = BatchConfig()
     timeout: PositiveDuration = 60_000
     """Of one request. The endpoint itself may take 500 ms per event."""
@@ -93,6 +97,7 @@ class OutputConfig(Section):
     dedup_window: Duration = 600_000
     """How long the endpoint recognises an event it has already stored."""
     gzip: Flag = False
+    """Compresses requests."""
     from_: Instant | None = Field(default=None, alias="from")
     """Only windows that begin at or after this time are sent (milliseconds since the epoch)."""
     until: Instant | None = None

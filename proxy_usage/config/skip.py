@@ -53,8 +53,11 @@ class SkipCondition(Section):
     status: Statuses | None = None
     """``404``, ``5xx`` or a list of these."""
     route: Regex | None = None
+    """The route's name."""
     method: Regex | None = None
+    """`GET`, `POST` and so on."""
     log_name: Regex | None = None
+    """The logger's name."""
     node: Regex | None = None
     """The node id."""
 

@@ -73,17 +73,25 @@ class SourceConfig(Section):
     """One readable field and what is taken of its text."""
 
     custom_tag: Text | None = None
+    """A custom tag of the logger."""
     dynamic_metadata: DynamicMetadata | None = None
+    """A value in the dynamic metadata."""
     request_header: Text | None = None
+    """A header that the logger copies: safe only where Envoy takes the client's copy away."""
     route_name: RouteName | None = None
     """A regular expression that is the pattern at the same time, or true for the whole name."""
     authority: OnlyTrue | None = None
+    """`true`: the host that was asked for, without its port."""
     sni: OnlyTrue | None = None
+    """`true`: the server name of the TLS handshake."""
     node: Text | None = None
     """``id``, ``cluster``, ``locality.region``, ``.zone``, ``.sub_zone`` or ``metadata.a.b``."""
     literal: str | None = None
+    """The same text for all."""
     pattern: Regex | None = None
+    """What of the text counts: its group `tenant`, `value` or `key`, else all of it."""
     map_file: FilePath | None = None
+    """YAML or JSON, text to text; keys may be `*.example.com`. Texts that are not in it do not match."""
 
     _mapping: Mapping[str, str] | None = PrivateAttr(default=None)
 
@@ -218,6 +226,7 @@ class DimensionConfig(SourceConfig):
     """A dimension of the events, and its value where the source has none."""
 
     default: str = ""
+    """Where the source has no value."""
 
 
 def _node_path_known(path: str) -> bool:

@@ -1,6 +1,6 @@
 """Mutated messages through decode and pipeline, in a process of their own.
 
-FAULT_MESSAGES says how many (4,000 by default; ``make test-faults`` takes 150,000).
+FAULT_MESSAGES says how many (4,000 by default; ``make test-faults`` takes 100,000).
 """
 
 import os
