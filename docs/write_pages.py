@@ -140,11 +140,12 @@ CONFIGURATION_HEAD = """\
 <!-- Written by docs/write_pages.py from the models; do not edit. -->
 
 One YAML file, named by `--config` or `PROXY_USAGE_CONFIG`. An unknown key is an error that names line and
-nearest key. `${VAR}`, `${VAR:-default}` and `${VAR:?message}` are replaced inside values, after parsing. Durations
-are written like `250ms`, `60s`, `1h30m`, sizes like `64MiB`, times like `2026-12-01T00:00:00Z`. Names of files
-are relative to the configuration file. [config/proxy-usage.yaml](../config/proxy-usage.yaml) is the same with
-comments and examples; `proxy-usage config schema` prints the JSON Schema, `proxy-usage config show` what is
-in force. Keys marked ↻ are taken over at SIGHUP, the others need a restart.
+nearest key. `${VAR}`, `${VAR:-default}` and `${VAR:?message}` are replaced inside values, after parsing.
+Durations are written like `250ms`, `60s`, `1h30m`, sizes like `64MiB`, times like `2026-12-01T00:00:00Z`.
+Names of files are relative to the configuration file.
+[config/proxy-usage.yaml](../config/proxy-usage.yaml) is
+the same with comments and examples; `proxy-usage config schema` prints the JSON Schema,
+`proxy-usage config show` what is in force. Keys marked ↻ are taken over at SIGHUP, the others need a restart.
 """
 
 

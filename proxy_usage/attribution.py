@@ -38,7 +38,9 @@ MAX_CACHED = 1024
 # never read, with a space or a wildcard it is refused for ever.
 _TENANT = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # A namespace's UID (or the namespace made from it) where a project's name belongs: it resolves to nobody.
-_UUID = re.compile(r"(ns-)?[0-9a-f]{8}(-?)[0-9a-f]{4}\2[0-9a-f]{4}\2[0-9a-f]{4}\2[0-9a-f]{12}", re.IGNORECASE)
+UUID_SHAPED = re.compile(
+    r"(ns-)?[0-9a-f]{8}(-?)[0-9a-f]{4}\2[0-9a-f]{4}\2[0-9a-f]{4}\2[0-9a-f]{12}", re.IGNORECASE
+)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _ROWLESS = {FieldKind.NODE, FieldKind.LITERAL}
 _PORT = re.compile(r"(\[[^\]]*\]|[^:\[\]]*):[0-9]*")
@@ -337,7 +339,7 @@ class Attributor:
         return _Tenant(Unattributed(reason) if reason else reading.value, text, source, reading)
 
     def _why_invalid(self, tenant: str) -> Reason | None:
-        if not self._allow_uuid and _UUID.fullmatch(tenant):
+        if not self._allow_uuid and UUID_SHAPED.fullmatch(tenant):
             return Reason.UUID_TENANT
         if len(tenant) > MAX_TENANT:
             return Reason.TOO_LONG

@@ -240,18 +240,14 @@ def _without_user(url: str) -> str:
 
 def _instant(value: object, info: ValidationInfo) -> int:
     """Milliseconds since the epoch of an RFC 3339 time with a zone."""
-    remedy = "write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
     if info.context is None and isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):
-        raise Wrong(f"{value!r} is not a time", remedy)
+        raise Wrong(f"{value!r} is not a time", units.INSTANT_HELP)
     try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise Wrong(f"{value!r} is not a time", remedy) from None
-    if moment.tzinfo is None:
-        raise Wrong(f"{value!r} has no zone", remedy)
-    return (moment - _EPOCH) // timedelta(milliseconds=1)
+        return units.parse_instant(value)
+    except ValueError as error:
+        raise Wrong(str(error), units.INSTANT_HELP) from None
 
 
 def format_instant(ms: int) -> str:

@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them, to integers and back.
+"""Durations, sizes and moments as people write them, to integers and back.
 
 Durations are whole milliseconds (``250ms``, ``30s``, ``1h30m``, ``29d``), sizes whole bytes (``64MiB``,
 ``500kB``, ``1048576``). Fractions and signs are refused: ``1.5h`` is written ``1h30m``, and nothing here may
@@ -8,7 +8,9 @@ round.
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DURATION_UNITS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 _SIZE_UNITS = {
     "TiB": 1 << 40,
@@ -33,6 +35,7 @@ _SIZE = re.compile(r"^(\d+)\s?([A-Za-z]*)$", re.ASCII)
 
 DURATION_HELP = "write a whole number with its unit: 250ms, 30s, 5m, 29d, or combined as 1h30m"
 SIZE_HELP = "write whole bytes or a unit: 1048576, 500kB, 64MiB, 8GiB"
+INSTANT_HELP = "write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
 
 
 def parse_duration(text: object) -> int:
@@ -65,6 +68,20 @@ def parse_size(text: object) -> int:
     if total > _MAX:
         raise ValueError(f"{value!r} is more than can be counted")
     return total
+
+
+def parse_instant(text: str) -> int:
+    """Milliseconds since the epoch of an RFC 3339 time with a zone; what is finer is cut off.
+
+    Raises ValueError, saying what is wrong, for anything else.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a time") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"{text!r} has no zone")
+    return (moment - _EPOCH) // timedelta(milliseconds=1)
 
 
 def format_duration(ms: int) -> str:

@@ -1,24 +1,27 @@
 """Looks into a store beside the service that owns it, without changing anything.
 
 Every method is one short read transaction, so that what it returns belongs together and no writer waits;
-only ``conservation(deep=True)`` reads all tables, during which the write-ahead log cannot shrink.
+only ``conservation(deep=True)`` and ``period`` read whole tables, during which the write-ahead log cannot
+shrink.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from proxy_usage.comparison import Ours
 from proxy_usage.errors import StoreVersion, UsageError
 from proxy_usage.store import sums
 from proxy_usage.store.database import counters
 from proxy_usage.store.held import unpack
 from proxy_usage.store.migrate import check_readable
+from proxy_usage.store.period import oldest_output, period
 from proxy_usage.store.report import asides
 from proxy_usage.store.restore import restored
 from proxy_usage.store.schema import connect_readonly, translated
@@ -117,6 +120,27 @@ class Reader:
                 deep=deep,
                 differences=sums.recount(db, kept, meters) if deep else (),
             )
+
+    def period(
+        self,
+        outputs: Sequence[str],
+        from_ms: int,
+        to_ms: int,
+        route: tuple[str, str] | None = None,
+    ) -> Ours:
+        """What the ledger of one output has of windows in ``[from_ms, to_ms)``: of the one added first.
+
+        It reads the whole ledger, during which the write-ahead log cannot shrink.
+
+        Args:
+            route: the dimension that names a row's HTTPRoute, and its value where there is none.
+
+        Raises:
+            UsageError: the store has none of the outputs; or a bound lies within an hour of which only the
+                sum is left.
+        """
+        with self._snapshot() as db:
+            return period(db, oldest_output(db, outputs) or outputs[0], from_ms, to_ms, route)
 
     # --- queue ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ VERBS = (
     ("validate",),
     ("explain",),
     ("status",),
+    ("compare",),
     ("demo",),
     ("version",),
     ("config", "schema"),
@@ -29,7 +30,13 @@ VERBS = (
     ("unattributed", "ls"),
 )
 WITH_CONFIG = [verb for verb in VERBS if verb not in {("demo",), ("version",), ("config", "schema")}]
-ARGUMENTS = {("explain",): ["FILE"], ("queue", "show"): ["ID"], ("deadletters", "show"): ["ID"]}
+TIME = ["--from", "2026-09-01T00:00:00Z", "--to", "2026-09-01T01:00:00Z"]
+ARGUMENTS = {
+    ("explain",): ["FILE"],
+    ("compare",): TIME,
+    ("queue", "show"): ["ID"],
+    ("deadletters", "show"): ["ID"],
+}
 
 
 @pytest.fixture
