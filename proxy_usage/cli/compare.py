@@ -73,12 +73,14 @@ def compare(
 
 
 def _time(option: str, text: str, config: Config) -> int:
-    from proxy_usage.config.units import INSTANT_HELP, parse_instant
+    from proxy_usage.config.units import parse_instant
 
     try:
         at_ms = parse_instant(text)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{option}: {error}", hint=INSTANT_HELP) from None
+        raise UsageError(
+            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
+        ) from None
     length_ms = config.windows.length
     if at_ms % length_ms:
         before_ms = at_ms - at_ms % length_ms

@@ -102,6 +102,10 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
             yield f"{name}: source is not used, an event has one: that of {config.outputs[0].name!r}"
         if output.until is not None and output.until <= now_ms:
             yield f"{name}: until has passed, nothing more will be sent"
+        for bound, at_ms in (("from", output.from_), ("until", output.until)):
+            if at_ms is not None and at_ms % config.windows.length:
+                # Whoever counts on the other side of the moment would count the window's rest twice, or not.
+                yield f"{name}: {bound} is within a window; windows are sent whole, by when they begin"
         url = urlsplit(output.url or "")
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
         if url.scheme == "http" and not is_loopback(f"{host}:80"):

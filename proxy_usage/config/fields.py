@@ -240,14 +240,15 @@ def _without_user(url: str) -> str:
 
 def _instant(value: object, info: ValidationInfo) -> int:
     """Milliseconds since the epoch of an RFC 3339 time with a zone."""
+    instant_help = "write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
     if info.context is None and isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):
-        raise Wrong(f"{value!r} is not a time", units.INSTANT_HELP)
+        raise Wrong(f"{value!r} is not a time", instant_help)
     try:
         return units.parse_instant(value)
     except ValueError as error:
-        raise Wrong(str(error), units.INSTANT_HELP) from None
+        raise Wrong(str(error), instant_help) from None
 
 
 def format_instant(ms: int) -> str:

@@ -35,7 +35,6 @@ _SIZE = re.compile(r"^(\d+)\s?([A-Za-z]*)$", re.ASCII)
 
 DURATION_HELP = "write a whole number with its unit: 250ms, 30s, 5m, 29d, or combined as 1h30m"
 SIZE_HELP = "write whole bytes or a unit: 1048576, 500kB, 64MiB, 8GiB"
-INSTANT_HELP = "write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
 
 
 def parse_duration(text: object) -> int:

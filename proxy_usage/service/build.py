@@ -373,7 +373,7 @@ def build_couriers(
     numbers = {slot.name: slot.output for slot in storage.slots}
     couriers = []
     for output in config.outputs:
-        if output.url is None:
+        if output.format == "none" or output.url is None:  # a shadow run may keep the url for later
             continue
         couriers.append(
             Courier(

@@ -131,7 +131,8 @@ class World:
     """Everything from the client's socket to the billing endpoint, in ``directory``.
 
     ``tenants`` is a number or the tenants themselves; ``record`` adds a ``Recorder``; ``token`` is what the
-    stand-in demands; ``settings`` and ``output`` are the sink's, ``envoy`` goes to EnvoyOptions.
+    stand-in demands; ``settings`` and ``output`` are the sink's, ``envoy`` goes to EnvoyOptions, whose
+    configuration ``amend`` may change.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class World:
         settings: Mapping[str, Any] | None = None,
         output: Mapping[str, Any] | None = None,
         envoy: Mapping[str, Any] | None = None,
+        amend: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.directory = directory
         self.tenants = _tenants(tenants)
@@ -157,6 +159,7 @@ class World:
         self.envoy: EnvoyProcess
         self._concurrency = concurrency
         self._settings, self._output, self._envoy = settings, output, envoy or {}
+        self._amend = amend
         self._seed = 0
         self._parts = contextlib.AsyncExitStack()
 
@@ -176,6 +179,8 @@ class World:
                 **self._envoy,
             )
             document = bootstrap(options)
+            if self._amend is not None:
+                self._amend(document)
             if self.recorder is not None:
                 await parts.enter_async_context(self.recorder)
                 self.recorder.attach(document)

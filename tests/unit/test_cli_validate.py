@@ -59,6 +59,14 @@ def test_what_was_checked_is_said_in_words(call: Caller) -> None:
         ),
         ({"outputs": [BILLING | {"until": "2026-01-01T00:00:00Z"}]}, "outputs 'billing': until has passed"),
         (
+            {"outputs": [BILLING | {"from": "2026-01-01T00:00:30Z"}]},
+            "outputs 'billing': from is within a window; windows are sent whole",
+        ),
+        (
+            {"outputs": [BILLING | {"until": "2126-01-01T00:00:30Z"}]},
+            "outputs 'billing': until is within a window; windows are sent whole",
+        ),
+        (
             {"outputs": [BILLING | {"url": "http://billing.example.com/"}]},
             "outputs 'billing': all usage travels in plain text to billing.example.com",
         ),
@@ -84,6 +92,12 @@ def test_what_may_not_be_meant_is_a_warning(
 )
 def test_what_stays_here_or_is_encrypted_is_no_warning(url: str, call: Caller) -> None:
     call.configure(outputs=[BILLING | {"url": url}])
+    assert call("validate", "--json").json["warnings"] == []
+
+
+def test_bounds_where_a_window_begins_are_no_warning(call: Caller) -> None:
+    bounds = {"from": "2026-01-01T00:00:00Z", "until": "2126-01-01T02:01:00+02:00"}
+    call.configure(outputs=[BILLING | bounds])
     assert call("validate", "--json").json["warnings"] == []
 
 
