@@ -98,7 +98,7 @@ class Queue:
         """Numbers the configured outputs (``OutputSlot.output`` is ignored) and checks that none got lost.
 
         Raises:
-            ConfigError: an output that is no longer configured still has events.
+            ConfigError: an output that is no longer configured, or sends nothing now, still has events.
         """
         with self._database.transaction() as db:
             db.executemany(
@@ -107,10 +107,16 @@ class Queue:
             )
             known: dict[str, int] = dict(db.execute("SELECT name, output FROM outputs"))
             wanted = {slot.name for slot in outputs}
+            sending = {slot.name for slot in outputs if not slot.keeps_only}
             for name, number in known.items():
-                if name in wanted:
+                if name in sending:
                     continue
                 if db.execute("SELECT 1 FROM deliveries WHERE output=? LIMIT 1", (number,)).fetchone():
+                    if name in wanted:
+                        raise ConfigError(
+                            f"outputs: {name!r} has events to deliver, and format none would never send them",
+                            hint="to end it, keep its format and set until; format none is for a new name",
+                        )
                     raise ConfigError(
                         f"outputs: {name!r} is gone from the configuration but has events to deliver",
                         hint=f"configure it again, or give its events up: proxy-usage outputs retire {name}",

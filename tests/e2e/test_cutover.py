@@ -126,7 +126,9 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
 
     run = Run()
     shadow = yaml.safe_load(SHADOW)
-    (ledger,) = shadow.pop("outputs")
+    (ledger,) = shadow.pop(
+        "outputs"
+    )  # at the first start it also has the stand-in's url, which must not matter
     async with World(directory, settings=shadow, output=ledger, amend=both_logs) as world:
         world.sink.document["outputs"] = [ledger]
         await _shadow_run(world, run, log)

@@ -42,7 +42,7 @@ class Caller:
             "listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"},
             "outputs": [
                 {"name": "billing", "url": "http://127.0.0.1:1/"},
-                {"name": "shadow", "format": "none"},
+                {"name": "shadow", "url": "http://127.0.0.1:1/"},
             ],
         }
         self.config.write_text(yaml.safe_dump(document | sections))

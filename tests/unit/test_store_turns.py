@@ -469,6 +469,19 @@ def test_an_output_cannot_disappear_with_events_to_deliver(tmp_path: Path) -> No
         assert everything(store) == dump
 
 
+def test_an_output_with_events_to_deliver_cannot_become_one_that_sends_nothing(tmp_path: Path) -> None:
+    with Store(tmp_path, outputs=[OutputSlot(0, "old")]) as store:
+        store.add("alpha")
+        dump = everything(store)
+        with pytest.raises(ConfigError, match="'old' has events to deliver, and format none") as caught:
+            store.queue.register([OutputSlot(0, "old", keeps_only=True)], T0)
+        assert "set until" in caught.value.hint
+        assert everything(store) == dump
+    with Store(tmp_path / "other", outputs=[OutputSlot(0, "old", keeps_only=True)]) as store:
+        store.add("alpha")
+        assert store.queue.register([OutputSlot(0, "old")], T0)[0].output == store.slots[0].output
+
+
 def test_an_output_with_nothing_to_deliver_may_go_and_come_back_under_its_number(tmp_path: Path) -> None:
     with Store(tmp_path, outputs=[OutputSlot(0, "old")]) as store:
         (old,) = store.slots
