@@ -69,12 +69,14 @@ def test_the_checker_refuses_what_is_not_compose() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_what_a_service_mounts_is_there_and_used(service: str) -> None:
-    for source, target in mounts(service):
-        if source.startswith("."):
-            assert (ROOT / source).is_file()
-            assert any(target in str(argument) for argument in SERVICES[service]["command"])
-        else:
-            assert source in COMPOSE["volumes"]
+    files = [(ROOT / source, target) for source, target in mounts(service) if source.startswith(".")]
+    # A file is named by the command, or by another of the files.
+    texts = {source: source.read_text() for source, _ in files}
+    for file, target in files:
+        named = [*SERVICES[service]["command"], *(text for other, text in texts.items() if other != file)]
+        assert any(target in str(one) for one in named), target
+    for source, _ in mounts(service):
+        assert source.startswith(".") or source in COMPOSE["volumes"]
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -138,6 +140,12 @@ def test_prometheus_scrapes_what_is_there(config: Config) -> None:
         "proxy-usage": [f"sink:{config.listen.http.rpartition(':')[2]}"],
         "envoy": [f"envoy:{admin}"],
     }
+
+
+def test_prometheus_loads_the_rules() -> None:
+    rules = document("prometheus.yml")["rule_files"]
+    mounted = {target: source for source, target in mounts("prometheus")}
+    assert [mounted[path] for path in rules] == ["./deploy/components/monitoring/rules.yaml"]
 
 
 def test_the_image_runs_without_root_and_without_a_shell() -> None:
