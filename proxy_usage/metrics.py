@@ -79,6 +79,12 @@ class Metrics:
             "streams_at_limit", "Rows of streams past streams.max, which are metered at their end alone."
         )
 
+        self.certificate_expiry = gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate that is shown to others expires, in seconds since the epoch.",
+            "use",
+        )
+
         # windows and store
         self.windows_open = gauge("windows_open", "Keys with an open window.")
         self.tenants = gauge("tenants", "Tenants seen within a day.")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import structlog
 
 from proxy_usage import __version__
+from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.control import ControlServer
@@ -358,6 +359,11 @@ class Service:
         metrics.stage_beat.labels(stage="turns").set((now_ms - self._turns.beat_ms) / 1_000)
         metrics.store_failed.set(self._turns.failure is not None)
         self._housekeeping.gauges()
+        shown = {f"output {output.name}": output.cert_file for output in self.config.outputs}
+        shown["listen"] = self.config.listen.tls.cert_file if self.config.listen.tls else None
+        for use, path in shown.items():
+            if path is not None and (expires := expires_s(path)) is not None:
+                metrics.certificate_expiry.labels(use=use).set(expires)
         for courier in self._couriers:
             name = courier.settings.name
             oldest_ms = self._oldest_ms.get(courier.settings.output)
