@@ -14,7 +14,7 @@ _END = "-----END CERTIFICATE-----"
 
 
 def expires_s(path: Path) -> int | None:
-    """``notAfter`` of a PEM file's first certificate, in seconds since the epoch; None where there is none."""
+    """``notAfter`` of a PEM file's first certificate, in seconds since the epoch; None if it has none."""
     try:
         text = path.read_text("ascii", "replace")
         first = text[text.index("-----BEGIN CERTIFICATE-----") : text.index(_END) + len(_END)]
