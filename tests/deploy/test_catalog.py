@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 from conftest import ALLOWED_SKIP
+from kustomize import build, needs_kubectl, too_old
 
 from proxy_usage.catalog import WARNING, check_config, check_rules, load_catalog
 from proxy_usage.config import Config, load
@@ -145,28 +143,9 @@ def test_the_readme_says_when_not_to_apply_how_to_compare_and_what_a_connection_
         assert said in text
 
 
-def kubectl_builds_components() -> str:
-    """Why not, or nothing."""
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        return "kubectl is not installed"
-    printed = subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True, text=True)
-    version = json.loads(printed.stdout)["clientVersion"]
-    return too_old(version["gitVersion"])
-
-
-def too_old(version: str) -> str:
-    """Why this kubectl builds no Components; nothing when it does."""
-    major, minor = map(int, re.findall(r"\d+", version)[:2])
-    return f"{ALLOWED_SKIP}: {version} builds no Components" if (major, minor) < (1, 21) else ""
-
-
 @pytest.mark.parametrize(("version", "old"), [("v1.20.5+k3s1", True), ("v1.21.0", False), ("v2.0.0", False)])
 def test_a_kubectl_that_builds_no_components_is_the_one_skip_that_is_allowed(version: str, old: bool) -> None:
     assert too_old(version).startswith(ALLOWED_SKIP) is old
-
-
-needs_kubectl = pytest.mark.skipif(bool(why := kubectl_builds_components()), reason=why or "kubectl is here")
 
 
 def overlay(directory: Path, key: str, *components: Path) -> Path:
@@ -182,12 +161,6 @@ def overlay(directory: Path, key: str, *components: Path) -> Path:
     }
     (target / "kustomization.yaml").write_text(yaml.safe_dump(lines), "utf-8")
     return target
-
-
-def build(directory: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["kubectl", "kustomize", str(directory)], capture_output=True, text=True, timeout=60
-    )
 
 
 @needs_kubectl
