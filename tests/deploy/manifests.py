@@ -24,7 +24,11 @@ from kustomize import build, needs_kubectl
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 VERSIONS = ("1.27", "1.32", "1.37")
 """Of Kubernetes: the oldest with gRPC probes, one between, the newest whose schemas there are."""
-CUSTOM: dict[tuple[str, str], Path] = {}
+SCHEMAS = Path(__file__).resolve().parents[1] / "data" / "schemas"
+CUSTOM: dict[tuple[str, str], Path] = {
+    ("monitoring.coreos.com/v1", "PrometheusRule"): SCHEMAS / "prometheusrule.schema.yaml",
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): SCHEMAS / "servicemonitor.schema.yaml",
+}
 """Schemas of kinds that are not Kubernetes' own, by apiVersion and kind."""
 
 DECIDED = {

@@ -14,8 +14,9 @@ from typing import Any
 import prometheus_client
 import pytest
 import yaml
+from kustomize import build, needs_kubectl
 from promql import named, tokens
-from test_catalog import build, needs_kubectl, overlay
+from test_catalog import overlay
 
 from proxy_usage.metrics import Metrics
 
