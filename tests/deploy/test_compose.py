@@ -14,6 +14,7 @@ from compose_spec import PyCompose
 
 from proxy_usage.config import Config, load
 
+SINKS = ("sink-a", "sink-b", "owner")
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = ROOT / "deploy" / "compose"
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -32,13 +33,13 @@ def mounts(service: str) -> list[tuple[str, str]]:
     return [(mount.split(":")[0], mount.split(":")[1]) for mount in SERVICES[service].get("volumes", [])]
 
 
-def clusters() -> dict[str, tuple[str, int]]:
-    """Envoy's clusters → host and port of their one endpoint."""
+def clusters() -> dict[str, list[tuple[str, int]]]:
+    """Envoy's clusters → hosts and ports of their endpoints."""
     found = {}
     for cluster in document("envoy.yaml")["static_resources"]["clusters"]:
-        ((endpoint,),) = [locality["lb_endpoints"] for locality in cluster["load_assignment"]["endpoints"]]
-        address = endpoint["endpoint"]["address"]["socket_address"]
-        found[cluster["name"]] = (address["address"], address["port_value"])
+        (locality,) = cluster["load_assignment"]["endpoints"]
+        addresses = [one["endpoint"]["address"]["socket_address"] for one in locality["lb_endpoints"]]
+        found[cluster["name"]] = [(address["address"], address["port_value"]) for address in addresses]
     return found
 
 
@@ -55,11 +56,18 @@ def config() -> Config:
     return load(FILES / "proxy-usage.yaml", env={})
 
 
+@pytest.fixture
+def owner() -> Config:
+    return load(FILES / "proxy-usage.yaml", env=SERVICES["owner"]["environment"])
+
+
 def test_it_is_a_compose_file() -> None:
     # PyYAML first: it merges `<<`, which Compose knows and the checker does not.
     compose = PyCompose.from_yaml(yaml.safe_dump(COMPOSE))
     compose.validate()
-    assert set(compose.service_names()) == {"envoy", "sink", "billing", "upstream", "prometheus"}
+    assert set(compose.service_names()) == {
+        *("envoy", "sink-a", "sink-b", "owner", "billing", "upstream", "traffic", "prometheus", "grafana")
+    }
 
 
 def test_the_checker_refuses_what_is_not_compose() -> None:
@@ -73,8 +81,10 @@ def test_what_a_service_mounts_is_there_and_used(service: str) -> None:
     # A file is named by the command, or by another of the files.
     texts = {source: source.read_text() for source, _ in files}
     for file, target in files:
-        named = [*SERVICES[service]["command"], *(text for other, text in texts.items() if other != file)]
-        assert any(target in str(one) for one in named), target
+        said = [*SERVICES[service].get("command", ()), *SERVICES[service].get("environment", {}).values()]
+        named = [*said, *(text for other, text in texts.items() if other != file)]
+        by_custom = target.startswith("/etc/grafana/provisioning/")
+        assert by_custom or any(target in str(one) for one in named), target
     for source, _ in mounts(service):
         assert source.startswith(".") or source in COMPOSE["volumes"]
 
@@ -112,11 +122,30 @@ def test_envoy_accepts_its_configuration() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_envoy_sends_to_the_services(config: Config) -> None:
+def test_envoy_sends_to_the_services(config: Config, owner: Config) -> None:
+    grpc = int(config.listen.grpc.rpartition(":")[2])
+    assert owner.listen.streams is not None
     assert clusters() == {
-        "upstream": ("upstream", listen_argument("upstream")),
-        "proxy_usage": ("sink", int(config.listen.grpc.rpartition(":")[2])),
+        "upstream": [("upstream", listen_argument("upstream"))],
+        "proxy_usage": [("sink-a", grpc), ("sink-b", grpc)],
+        "proxy_usage_streams": [("owner", int(owner.listen.streams.rpartition(":")[2]))],
     }
+
+
+def test_long_streams_have_one_owner(config: Config, owner: Config) -> None:
+    assert (config.listen.streams, config.envoy.long_streams) == (None, "elsewhere")
+    assert owner.envoy.long_streams == "here"
+    assert all("environment" not in SERVICES[sink] for sink in ("sink-a", "sink-b"))
+    stores = [source for sink in SINKS for source, _ in mounts(sink) if not source.startswith(".")]
+    assert len(set(stores)) == len(SINKS)
+
+
+def test_envoys_filters_are_nine_tenths_of_the_interval(config: Config) -> None:
+    text = (FILES / "envoy.yaml").read_text()
+    assert config.envoy.flush_interval is not None
+    long_ms = config.envoy.flush_interval * 9 // 10
+    assert f"{{op: LE, value: {{default_value: {long_ms - 1}," in text
+    assert f"{{op: GE, value: {{default_value: {long_ms}," in text
 
 
 def test_sink_and_envoy_agree_on_the_flush_interval(config: Config) -> None:
@@ -129,7 +158,8 @@ def test_sink_and_envoy_agree_on_the_flush_interval(config: Config) -> None:
 def test_the_sink_delivers_to_the_stand_in_and_keeps_its_store_in_the_volume(config: Config) -> None:
     (output,) = config.outputs
     assert f"http://billing:{listen_argument('billing')}/v1/usage/events:batchIngest" == output.url
-    assert Path(config.store.path).parent.as_posix() in dict(mounts("sink")).values()
+    for sink in SINKS:
+        assert Path(config.store.path).parent.as_posix() in dict(mounts(sink)).values()
 
 
 def test_prometheus_scrapes_what_is_there(config: Config) -> None:
@@ -137,7 +167,7 @@ def test_prometheus_scrapes_what_is_there(config: Config) -> None:
     admin = document("envoy.yaml")["admin"]["address"]["socket_address"]["port_value"]
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in jobs}
     assert targets == {
-        "proxy-usage": [f"sink:{config.listen.http.rpartition(':')[2]}"],
+        "proxy-usage": [f"{sink}:{config.listen.http.rpartition(':')[2]}" for sink in SINKS],
         "envoy": [f"envoy:{admin}"],
     }
 
@@ -146,6 +176,27 @@ def test_prometheus_loads_the_rules() -> None:
     rules = document("prometheus.yml")["rule_files"]
     mounted = {target: source for source, target in mounts("prometheus")}
     assert [mounted[path] for path in rules] == ["./deploy/components/monitoring/rules.yaml"]
+
+
+def test_grafana_shows_the_dashboard_that_clusters_get() -> None:
+    mounted = {target: source for source, target in mounts("grafana")}
+    (provider,) = document("grafana/dashboards.yaml")["providers"]
+    (source,) = document("grafana/datasource.yaml")["datasources"]
+    dashboard = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounted[dashboard] == "./deploy/components/monitoring/dashboard.json"
+    assert str(Path(dashboard).parent) == provider["options"]["path"]
+    assert source["url"] == "http://prometheus:9090"
+    assert {"/etc/grafana/provisioning/datasources", "/etc/grafana/provisioning/dashboards"} == {
+        str(Path(target).parent) for target in mounted if "provisioning" in target
+    }
+
+
+def test_what_is_built_here_runs_without_rights_on_a_file_system_that_it_cannot_change() -> None:
+    for service in SERVICES.values():
+        if "build" in service:
+            assert service["read_only"] is True
+            assert service["cap_drop"] == ["ALL"]
+            assert service["security_opt"] == ["no-new-privileges:true"]
 
 
 def test_the_image_runs_without_root_and_without_a_shell() -> None:
@@ -167,7 +218,7 @@ def test_the_image_is_built_from_files_that_reach_the_engine() -> None:
     assert all((ROOT / source).exists() for source in copied)
 
 
-@pytest.mark.parametrize("service", ["billing", "upstream"])
+@pytest.mark.parametrize("service", ["billing", "upstream", "traffic"])
 def test_the_stand_ins_understand_how_they_are_started(service: str) -> None:
     entrypoint, command = SERVICES[service]["entrypoint"], SERVICES[service]["command"]
     helped = subprocess.run(
@@ -189,7 +240,8 @@ for package in {module.partition(".")[0] for module in set(sys.modules) - before
 
 
 def test_the_image_has_what_its_processes_import() -> None:
-    modules = ["proxy_usage.service", "proxy_usage.demo.billing", "proxy_usage.demo.upstream"]
+    demo = ["proxy_usage.demo.billing", "proxy_usage.demo.upstream", "proxy_usage.demo.steady"]
+    modules = ["proxy_usage.service", *demo]
     printed = subprocess.run(
         [sys.executable, "-c", IMPORTED, *modules], check=True, capture_output=True, text=True
     ).stdout
