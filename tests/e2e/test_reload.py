@@ -239,6 +239,23 @@ async def test_the_authorities_of_an_output(tmp_path: Path) -> None:
         await eventually(lambda: one.billed() == {"alpha"}, "it is delivered", why=one.sink.said)
 
 
+@covers("outputs.*.cert_file", "outputs.*.key_file")
+async def test_the_certificate_that_an_output_shows(tmp_path: Path) -> None:
+    site, strange = Authority(tmp_path, "site"), Authority(tmp_path, "strange")
+    pair = site.issue("endpoint", dns=["localhost"])
+    ours, wrong = site.issue("sink"), strange.issue("stranger")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=site.file)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    tls.load_cert_chain(pair.cert, pair.key)
+    shown = {"ca_file": str(site.file), "cert_file": str(wrong.cert), "key_file": str(wrong.key)}
+    async with running(tmp_path, output=shown, tls=tls, host="localhost") as one:
+        await one.send(rows("alpha"))
+        await eventually(lambda: one.sink.events("batch"), "it is refused", why=one.sink.said)
+        assert one.billed() == set()
+        await one.change({}, {"cert_file": str(ours.cert), "key_file": str(ours.key)})
+        await eventually(lambda: one.billed() == {"alpha"}, "it is delivered", why=one.sink.said)
+
+
 @covers("log")
 async def test_the_log(tmp_path: Path) -> None:
     async with running(tmp_path) as one:
