@@ -161,10 +161,15 @@ async def test_kill_under_load_loses_what_it_reports_and_no_more(tmp_path: Path)
                 assert sink.lost() - reported == gone
                 losses.append(gone)
         assert any(losses), "no kill hit between two checkpoints"
+        (node,) = {node for line in sink.events("a crash lost entries") for node in line["rows"]}
         said = [sum(line["rows"].values()) for line in sink.events("a crash lost entries")]
         assert said == [gone for gone in losses if gone]
         assert all(not line["unknown_nodes"] for line in sink.events("a crash lost entries"))
-        assert (await sink.metrics())["crash_lost_entries_total"] == losses[-1]
+        metrics = await sink.metrics()
+        lost = {name: rows for name, rows in metrics.items() if name.startswith("crash_lost_entries_total")}
+        assert sum(lost.values()) == losses[-1]
+        assert all(name == f'crash_lost_entries_total{{node="{node}"}}' for name in lost)
+        assert metrics["crash_loss_unknown_nodes"] == 0
         await settled(world)
         assert sink.lost() == sum(losses)
         assert world.recorder is not None
