@@ -131,7 +131,10 @@ def differences(truth: Truth, arrived: Arrived, spent: Mapping[str, Spent]) -> l
 
 def table(shown: Iterable[Line], title: str) -> Table:
     """Sent / delivered per tenant."""
-    caption = "seconds are billed whole: what is left over is carried to the route's next event"
+    caption = (
+        "seconds sent are Envoy's log file's, which drops what is below a millisecond of each request;\n"
+        "they are billed whole: what is left over is carried to the route's next event"
+    )
     drawn = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     drawn.add_column("tenant")
     for name in ("requests", "bytes in", "bytes out", "seconds"):
