@@ -283,7 +283,9 @@ def test_the_envoy_gateway_resource_fits_the_sink() -> None:
 
 
 def test_links_and_paths_lead_somewhere() -> None:
-    for path in DOCUMENTS:
+    pages = [page for top in ("config", "deploy") for page in sorted((ROOT / top).rglob("*.md"))]
+    assert len(pages) >= 4
+    for path in (*DOCUMENTS, *pages):
         text = path.read_text()
         for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
             aim = path.parent / target if target else path
