@@ -38,8 +38,9 @@ test: lint types imports most-tests e2e-tests  ## everything: check, property, c
 test-faults: $(DEV)  ## 200 kills, 32 graceful stops, 100,000 mutated messages: about 25 minutes
 	@FAULT_KILLS=200 FAULT_STOPS=32 FAULT_MESSAGES=100000 $(PYTEST) -s tests/faults
 
-bench: $(DEV)  ## what checkpoints and a million open streams cost on this machine: about 5 minutes
+bench: $(DEV)  ## what checkpoints, rows of long streams and a million of these cost here: about 5 minutes
 	@$(PY) bench/checkpoints.py
+	@$(PY) bench/long_rows.py
 	@$(PY) bench/memory_streams.py
 
 soak: $(DEV)  ## 5 million waiting events, then 20 minutes of load, churn, rotation and outages

@@ -31,8 +31,8 @@ LIMIT_BYTES = 1 << 30
 LIMIT_NS = 5_000_000
 TURN_MS = 250
 MINUTE_MS = 60_000
-DRAIN = 256
-"""Rows advanced without a pause: decode wants to be drained when it holds so many."""
+DRAIN = 113
+"""Rows advanced without a pause: what decode holds before it is drained, and a piece of a message."""
 TENANTS = 1_000
 NOW_MS = 1_795_300_000_000
 QUANTITIES = (Quantity.REQUESTS, Quantity.WIRE_IN, Quantity.WIRE_OUT, Quantity.OPEN_NS)
