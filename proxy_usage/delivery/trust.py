@@ -7,6 +7,7 @@ from pathlib import Path
 
 import structlog
 
+from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.errors import ConfigError
 
 log = structlog.get_logger()
@@ -28,6 +29,11 @@ class Trust:
         self._ca, self._cert, self._key = ca_file, cert_file, key_file
         self._seen = self._look()
         self._context = self._read()
+
+    @classmethod
+    def of(cls, output: OutputConfig) -> Trust:
+        """As the output's configuration says. Raises ConfigError: a file cannot be used."""
+        return cls(output.ca_file, output.cert_file, output.key_file)
 
     def context(self) -> ssl.SSLContext:
         """For the next request. A new one when something changed, so that connections are made anew."""

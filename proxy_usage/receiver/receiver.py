@@ -27,7 +27,7 @@ from proxy_usage.receiver.arrivals import Arrivals, Connection, connection
 from proxy_usage.receiver.credentials import Credentials, TlsFiles
 from proxy_usage.receiver.health import PortHealth
 from proxy_usage.receiver.port import ReceiverLimits, check_free, options
-from proxy_usage.receiver.room import Room
+from proxy_usage.receiver.room import FIRST_MESSAGE, MEMORY, Room
 
 log = structlog.get_logger()
 
@@ -222,7 +222,7 @@ class Receiver:
             received = self._arrivals.received(self._since_ms.keys())
             for doomed in self._room.look(received):
                 for stream in [one for one in self._streams if one.connection == doomed]:
-                    self._end(stream, _MEMORY)
+                    self._end(stream, MEMORY)
             # gRPC's GOAWAY has gone out by now: it comes at the age, give or take a tenth.
             before_ms = self._clock_ms() - self._limits.connection_age_ms * 11 // 10
             for stream in self._streams:
@@ -339,7 +339,7 @@ class Receiver:
             async with asyncio.timeout(self._room.limits.first_message_ms / 1_000):
                 return await anext(requests, None)
         except TimeoutError:
-            await self._refuse(context, _FIRST_MESSAGE)
+            await self._refuse(context, FIRST_MESSAGE)
         except asyncio.CancelledError:
             if stream.refusal is None:
                 raise
@@ -361,7 +361,7 @@ class Receiver:
         except StopAsyncIteration:
             return None
         except TimeoutError:
-            await self._refuse(context, _FIRST_MESSAGE)
+            await self._refuse(context, FIRST_MESSAGE)
             return None
 
     async def _take(self, origin: Origin, rest: Iterator[Split], stream: _Stream) -> None:
@@ -392,10 +392,6 @@ class Receiver:
         self._metrics.refused_streams.labels(reason=refusal.reason).inc()
         status = grpc.StatusCode.RESOURCE_EXHAUSTED if refusal.limit else grpc.StatusCode.PERMISSION_DENIED
         await context.abort(status, refusal.text)
-
-
-_FIRST_MESSAGE = Refusal("first_message", "no whole message came in time", limit=True)
-_MEMORY = Refusal("memory", "too much of unfinished messages; this connection held most of it", limit=True)
 
 
 def _auth(context: grpc.aio.ServicerContext[Any, Any]) -> Mapping[str, tuple[bytes, ...]]:

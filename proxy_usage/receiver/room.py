@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
+from proxy_usage.admission import Refusal
 from proxy_usage.receiver.arrivals import Connection
 
 # What arrives beside messages: frame and record headers (at most 36 bytes for each piece of a message, and a
@@ -28,6 +29,9 @@ _BESIDE_SHARE = 64
 _BESIDE_LOOK = 64
 ASKING = 64 << 10
 """Bytes that a connection with nothing but health checks may hold."""
+
+FIRST_MESSAGE = Refusal("first_message", "no whole message came in time", limit=True)
+MEMORY = Refusal("memory", "too much of unfinished messages; this connection held most of it", limit=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,15 +357,6 @@ def _allowed(texts: tuple[str, ...]) -> list[SanPattern]:
         ) from None
 
 
-def build_trust(output: OutputConfig) -> Trust:
-    """Whom an output believes, and the certificate it shows.
-
-    Raises:
-        ConfigError: a file cannot be used.
-    """
-    return Trust(output.ca_file, output.cert_file, output.key_file)
-
-
 def build_couriers(
     config: Config, storage: Storage, thread: StoreThread, metrics: Metrics
 ) -> tuple[Courier, ...]:
@@ -393,7 +384,7 @@ def build_couriers(
                     timeout_ms=output.timeout,
                     concurrency=output.concurrency,
                     token=TokenFile(output.token_file) if output.token_file else None,
-                    trust=build_trust(output),
+                    trust=Trust.of(output),
                     compress=output.gzip,
                 ),
                 Policy(

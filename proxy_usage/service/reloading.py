@@ -15,7 +15,7 @@ from proxy_usage.errors import ConfigError
 from proxy_usage.pipeline import Port
 from proxy_usage.receiver import TlsFiles
 from proxy_usage.receiver.credentials import check
-from proxy_usage.service.build import build_admission, build_attributor, build_folds, build_tls, build_trust
+from proxy_usage.service.build import build_admission, build_attributor, build_folds, build_tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def prepare(old: Config, new: Config) -> Change:
         trust={
             output.name: (
                 TokenFile(output.token_file) if output.token_file else None,
-                build_trust(output),
+                Trust.of(output),
             )
             for output in new.outputs
             if output.url is not None

@@ -159,16 +159,10 @@ class Database:
             StoreFull, StoreUnavailable, StoreForeign: nothing was changed.
         """
         try:
-            with self._transaction(usage=usage) as db:
+            with self._noted(), self._transaction(usage=usage) as db:
                 yield db
         except StoreFull:
             self.space.failed(usage=usage)
-            raise
-        except StoreUnavailable:
-            self.broken = True
-            raise
-        except StoreForeign:
-            self._doubt.begin()
             raise
 
     @contextmanager
@@ -188,9 +182,14 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The connection for a few quick reads, with SQLite's errors in our words."""
+        with self._noted(), translated(self.path):
+            yield self.db
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Remembers what an error says of the connection, and of the file."""
         try:
-            with translated(self.path):
-                yield self.db
+            yield
         except StoreUnavailable:
             self.broken = True
             raise

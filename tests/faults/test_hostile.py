@@ -132,7 +132,9 @@ async def test_health_checks_without_end_are_ended_and_honest_ones_are_answered(
                 await asyncio.sleep(0.02)
                 await site.well()
             assert not any(await attack)
-            assert await site.refused("memory") == len(raws)
+            # On a slow machine time may end one before anybody has looked at what it holds.
+            ended = [await site.refused(reason) for reason in ("memory", "first_message")]
+            assert sum(ended) == len(raws)
         print(f"held {(most - before) // MIB} MiB")
         assert most - before <= load(site.sink.config, {}).worst_case_memory()
 
