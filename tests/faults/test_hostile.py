@@ -119,7 +119,7 @@ async def test_health_checks_without_end_are_ended_and_honest_ones_are_answered(
     tmp_path: Path, method: str
 ) -> None:
     """They need no token and wait for no place, so they may hold next to nothing."""
-    async with running(tmp_path, memory="256MiB", new_streams=2, first_message="3s", connections=32) as site:
+    async with running(tmp_path, memory="256MiB", new_streams=2, first_message="30s", connections=32) as site:
         before = most = site.rss()
         async with contextlib.AsyncExitStack() as stack:
             raws = [await stack.enter_async_context(Raw(site.sink.grpc_port)) for _ in range(10)]
@@ -132,9 +132,7 @@ async def test_health_checks_without_end_are_ended_and_honest_ones_are_answered(
                 await asyncio.sleep(0.02)
                 await site.well()
             assert not any(await attack)
-            # On a slow machine time may end one before anybody has looked at what it holds.
-            ended = [await site.refused(reason) for reason in ("memory", "first_message")]
-            assert sum(ended) == len(raws)
+            assert await site.refused("memory") == len(raws)
         print(f"held {(most - before) // MIB} MiB")
         assert most - before <= load(site.sink.config, {}).worst_case_memory()
 
