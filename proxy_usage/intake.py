@@ -10,9 +10,9 @@ The kernel keeps the pages of a killed process; only a crash of the machine itse
 answer is "unknown", not zero. So it is when file and store do not belong together: one of them is new, or
 both come from a backup.
 
-It is written, not mapped: touching a mapped page whose file system has failed can end the process with a signal
-(mmap(2), SIGBUS; not seen in the one try made here), and a write is an error like any other. (2.4 µs a message
-on ext4, against 0.1 µs mapped.)
+It is written, not mapped: touching a mapped page whose file system has failed can end the process with a
+signal (mmap(2), SIGBUS; not seen in the one try made here), and a write is an error like any other. (2.4 µs a
+message on ext4, against 0.1 µs mapped.)
 """
 
 from __future__ import annotations
