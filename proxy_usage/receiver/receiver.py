@@ -41,7 +41,7 @@ not come when the next message is due: ended so, 4 of 32 stops lost a flush of s
 USUAL_GAP_MS = 1_000
 """Envoy's buffer_flush_interval where nobody sets it."""
 LOOK_S, CLOSE_LOOK_S = 0.1, 0.02
-"""How often it is looked whether streams have to end; the latter from half of the memory limit on."""
+"""How often it is looked whether streams have to end; the latter where ``Room.needs_close_look``."""
 _BROKEN_OFF_S = 0.05
 """A stream that broke off reads like one that ended; so soon afterwards gRPC tells them apart."""
 
@@ -217,7 +217,7 @@ class Receiver:
 
     async def _look_on(self) -> None:
         while True:
-            await asyncio.sleep(CLOSE_LOOK_S if 2 * self._room.held > self._room.limits.memory else LOOK_S)
+            await asyncio.sleep(CLOSE_LOOK_S if self._room.needs_close_look else LOOK_S)
             self._metrics.connections.set(self._room.connections)
             received = self._arrivals.received(self._since_ms.keys())
             for doomed in self._room.look(received):

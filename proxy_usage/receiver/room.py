@@ -97,6 +97,11 @@ class Room:
         """Bytes of unfinished messages as of the last look."""
         return sum(account.held for account in self._accounts.values())
 
+    @property
+    def needs_close_look(self) -> bool:
+        """Whether much could arrive by a look at leisure: half is held, or somebody asks without a place."""
+        return 2 * self.held > self.limits.memory or any(not one.logs for one in self._accounts.values())
+
     def opened(
         self, connection: Connection, received: Mapping[Connection, int], *, asks: bool = False
     ) -> None:
