@@ -12,11 +12,11 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING, Policy, Step
-from proxy_usage.delivery.transport import TokenFile, Transport
+from proxy_usage.delivery.sender import Sender
+from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import StoreError
 from proxy_usage.metrics import Metrics
-from proxy_usage.outputs.base import Answer, Output
 from proxy_usage.store import Batch, Idle, Queue
 from proxy_usage.store.letters import TOO_LATE
 from proxy_usage.store.thread import StoreThread
@@ -56,8 +56,7 @@ class Courier:
         settings: CourierSettings,
         queue: Queue,
         thread: StoreThread,
-        output: Output,
-        transport: Transport,
+        sender: Sender,
         policy: Policy,
         metrics: Metrics,
         clock_ms: Callable[[], int],
@@ -68,8 +67,7 @@ class Courier:
         """When the loop was last alive."""
         self._queue = queue
         self._thread = thread
-        self._output = output
-        self._transport = transport
+        self._sender = sender
         self._metrics = metrics
         self._clock_ms = clock_ms
         self._wake = asyncio.Event()
@@ -87,12 +85,12 @@ class Courier:
 
     def trust(self, token: TokenFile | None, trust: Trust) -> None:
         """Sends with another token and another trust, from the next request on."""
-        self._transport.trust(token, trust)
+        self._sender.trust(token, trust)
         self.notify()
 
     async def run(self) -> None:
         """Delivers until ``stop``. Raises only what nobody foresaw: the process must not live on with it."""
-        async with self._transport:
+        async with self._sender:
             try:
                 while not self._stopping:
                     self.beat_ms = self._clock_ms()
@@ -183,9 +181,7 @@ class Courier:
 
     async def _attempt(self, batch: Batch) -> None:
         """Sends one batch and makes its consequences durable."""
-        answer = await self._transport.post(self._output.encode(batch.events))
-        verdict = self._output.read(answer, batch.events) if isinstance(answer, Answer) else answer
-        step = self.policy.decide(batch, verdict, self._clock_ms())
+        step = self.policy.decide(batch, await self._sender.send(batch.events), self._clock_ms())
         if step.wait_ms is not None:
             not_before_ms = self._clock_ms() + step.wait_ms
             await self._persist(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import socket
 import time
@@ -18,16 +17,13 @@ from proxy_usage.config.fields import split_address
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.connections import Connections
 from proxy_usage.decode import EnvoySettings, Fold, SkipTest, Split
-from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
 from proxy_usage.delivery.transport import TokenFile
-from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import ConfigError
 from proxy_usage.events import Mint
 from proxy_usage.intake import Intake, Loss
 from proxy_usage.metrics import Metrics
 from proxy_usage.model import Meter, Origin, Quantity
 from proxy_usage.nodes import Nodes
-from proxy_usage.outputs import FORMATS
 from proxy_usage.pipeline import Pipeline, Port
 from proxy_usage.receiver import Receiver, ReceiverLimits, Room, RoomLimits, Sink, Tap, TlsFiles
 from proxy_usage.samples import check_samples
@@ -355,44 +351,3 @@ def _allowed(texts: tuple[str, ...]) -> list[SanPattern]:
         raise ConfigError(
             f"listen.tls.allow_san: {error}", hint="write uri:spiffe://trust/… or dns:*.example.org"
         ) from None
-
-
-def build_couriers(
-    config: Config, storage: Storage, thread: StoreThread, metrics: Metrics
-) -> tuple[Courier, ...]:
-    """One courier per output that sends."""
-    numbers = {slot.name: slot.output for slot in storage.slots}
-    couriers = []
-    for output in config.outputs:
-        if output.format == "none" or output.url is None:  # a shadow run may keep the url for later
-            continue
-        couriers.append(
-            Courier(
-                CourierSettings(
-                    output.name,
-                    numbers[output.name],
-                    output.batch.events,
-                    output.batch.linger,
-                    output.concurrency,
-                    config.windows.late_horizon,
-                ),
-                storage.queue,
-                thread,
-                FORMATS[output.format](),
-                Transport(
-                    output.url,
-                    timeout_ms=output.timeout,
-                    concurrency=output.concurrency,
-                    token=TokenFile(output.token_file) if output.token_file else None,
-                    trust=Trust.of(output),
-                    compress=output.gzip,
-                ),
-                Policy(
-                    RetrySettings(output.retry.initial, output.retry.max, output.dedup_window),
-                    below=random.SystemRandom().randrange,
-                ),
-                metrics,
-                clock_ms,
-            )
-        )
-    return tuple(couriers)

@@ -24,7 +24,6 @@ from proxy_usage.recording import Recorder
 from proxy_usage.service.build import (
     Storage,
     build_attributor,
-    build_couriers,
     build_housekeeping,
     build_mint,
     build_pipeline,
@@ -33,6 +32,7 @@ from proxy_usage.service.build import (
     clock_ms,
 )
 from proxy_usage.service.checking import check_beside
+from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.reloading import prepare
 from proxy_usage.service.salvaging import salvage_all

@@ -15,7 +15,7 @@ import trustme
 from money import METERS, Store, cell, key
 from pki import Authority
 
-from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
+from proxy_usage.delivery import Courier, CourierSettings, HttpSender, Policy, RetrySettings, Transport
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.delivery.trust import Trust
@@ -110,14 +110,16 @@ async def delivering(
         CourierSettings("billing", store.output, batch_events, 0, concurrency),
         store.queue,
         thread,
-        Billing(),
-        Transport(
-            url,
-            timeout_ms=timeout_ms,
-            concurrency=concurrency,
-            token=token,
-            trust=trust,
-            compress=compress,
+        HttpSender(
+            Billing(),
+            Transport(
+                url,
+                timeout_ms=timeout_ms,
+                concurrency=concurrency,
+                token=token,
+                trust=trust,
+                compress=compress,
+            ),
         ),
         Policy(RetrySettings(1, 8, dedup_window_ms), below=random.Random(5).randrange),
         metrics,

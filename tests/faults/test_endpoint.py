@@ -23,7 +23,7 @@ import trustme
 from endpoint import Behaviour, Endpoint, Exchange, response
 from money import Store
 
-from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, Transport
+from proxy_usage.delivery import Courier, CourierSettings, HttpSender, Policy, RetrySettings, Transport
 from proxy_usage.delivery.transport import MAX_ANSWER
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
@@ -108,8 +108,7 @@ async def delivering(
         CourierSettings("billing", store.output, 100, 0, 2),
         store.queue,
         thread,
-        watched,
-        Transport(url, timeout_ms=timeout_ms, concurrency=2, trust=Trust(ca_file)),
+        HttpSender(watched, Transport(url, timeout_ms=timeout_ms, concurrency=2, trust=Trust(ca_file))),
         Policy(RetrySettings(1, 8, 600_000), below=random.Random(5).randrange),
         metrics,
         clock_ms,
