@@ -24,8 +24,8 @@ class EnvoyError(ProxyUsageError):
 def envoy_command() -> str:
     """The ``envoy`` command beside this Python, or on PATH.
 
-     It is looked up as a command and never imported: another package overwrites that package's ``__init__``
-    . Raises EnvoyError that says where to get it.
+    It is looked up as a command and never imported: another package overwrites its ``__init__``.
+    Raises EnvoyError that says where to get it.
     """
     beside = Path(sys.executable).with_name("envoy")
     found = str(beside) if beside.is_file() else shutil.which("envoy")

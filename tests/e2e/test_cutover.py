@@ -35,8 +35,8 @@ pytestmark = pytest.mark.e2e
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text()
 REQUESTS, INGRESS, EGRESS, SECONDS = METERS
 SECOND = 1_000
-AHEAD_MS = 6_000
-"""A restart takes less."""
+AHEAD_MS = (6_000, 20_000, 60_000)
+"""A restart takes less than the first, on a machine that has nothing else to do."""
 QUIET_MS = 500
 """Before a hand-over, so that only the requests that are meant to straddle it do."""
 STRADDLING = 9
@@ -133,10 +133,8 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
         world.sink.document["outputs"] = [ledger]
         await _shadow_run(world, run, log)
 
-        run.cut_ms = next_second(AHEAD_MS)
-        await _hand_over(world, run, CUT_OVER, LOOK, run.cut_ms)
-        run.back_ms = next_second(AHEAD_MS)
-        await _hand_over(world, run, ROLL_BACK, LOOK_AGAIN, run.back_ms)
+        await _hand_over(world, run, "cut_ms", CUT_OVER, LOOK)
+        await _hand_over(world, run, "back_ms", ROLL_BACK, LOOK_AGAIN)
         end = next_second()
         await until(end)
 
@@ -197,12 +195,18 @@ async def _shadow_run(world: World, run: Run, log: Path) -> None:
         run.shadow.append(await world.sink.cli(*command))
 
 
-async def _hand_over(world: World, run: Run, configuration: str, look: str, at_ms: int) -> None:
+async def _hand_over(world: World, run: Run, moment: str, configuration: str, look: str) -> None:
     """Steps 3 and 4: restart before the moment, load on both sides of it, some requests across it."""
-    await _restart(world.sink, _page(configuration, run, world.billing.url))
-    for command in commands(look, {}):
-        run.looks.append(await world.sink.cli(*command))
-    assert now_ms() < at_ms - 2 * QUIET_MS, "this machine was too slow for the moment that was chosen"
+    for ahead_ms in AHEAD_MS:  # nothing is under way, so a moment that was missed can be chosen anew
+        at_ms = next_second(ahead_ms)
+        setattr(run, moment, at_ms)
+        await _restart(world.sink, _page(configuration, run, world.billing.url))
+        looks = [await world.sink.cli(*command) for command in commands(look, {})]
+        if now_ms() < at_ms - 2 * QUIET_MS:
+            break
+    else:
+        raise AssertionError("this machine was too slow for every moment that was chosen")
+    run.looks += looks
     await world.send(5_000, stop=lambda: now_ms() > at_ms - 2 * QUIET_MS)
     await until(at_ms - QUIET_MS)
     await _long(world, 2 * QUIET_MS, STRADDLING // len(world.tenants))
