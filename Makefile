@@ -16,11 +16,13 @@ PYTEST := $(PY) -m pytest $(PYTEST_ARGS)
 READY := $(VENV)/.created
 DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
+CEILOMETER_VENV := build/ceilometer-venv
+CEILOMETER := $(CEILOMETER_VENV)/.installed
 RUNNABLE := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-faults bench soak format protos docs lock clean lint types imports unit most-tests e2e-tests
+.PHONY: help setup run check test test-faults bench soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +59,8 @@ protos: $(DEV)  ## regenerate the protobuf code from protos/
 docs: $(DEV)  ## rewrite docs/troubleshooting.md and configuration.md from the code
 	@$(PY) docs/write_pages.py
 
+ceilometer: $(CEILOMETER)  ## create build/ceilometer-venv, whose publisher tests compare with ours: about a minute
+
 lock:  ## rewrite requirements/*.txt from pyproject.toml; UPGRADE=1: with the newest versions
 	@$(UV) --version >/dev/null 2>&1 || { \
 	  echo "make lock needs uv, and there is no '$(UV)' here. One way to get it:"; \
@@ -66,6 +70,7 @@ lock:  ## rewrite requirements/*.txt from pyproject.toml; UPGRADE=1: with the ne
 	@$(COMPILE) --extra dev --constraint requirements/demo.txt --output-file requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 	  | $(COMPILE) --constraint requirements/demo.txt --output-file requirements/build.txt -
+	@$(COMPILE) --group ceilometer --output-file requirements/ceilometer.txt
 
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
@@ -88,7 +93,7 @@ unit: $(DEV)
 	@$(PYTEST) -n auto tests/unit tests/test_*.py
 
 # The end-to-end tests come last and one at a time: each drives Envoys of its own, and two cores are soon full.
-most-tests: $(DEV)
+most-tests: $(DEV) $(CEILOMETER)
 	@$(PYTEST) -n auto --ignore tests/e2e --ignore tests/faults tests
 
 e2e-tests: $(DEV)
@@ -116,4 +121,10 @@ $(DEV): $(READY) requirements/dev.txt pyproject.toml
 	@echo "Installing requirements/dev.txt into $(VENV) ..."
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(CEILOMETER): requirements/ceilometer.txt | $(DEV)
+	@echo "Installing requirements/ceilometer.txt into $(CEILOMETER_VENV) ..."
+	@$(PY) -m venv --clear $(CEILOMETER_VENV)
+	@$(CEILOMETER_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/ceilometer.txt
 	@touch $@

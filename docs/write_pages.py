@@ -187,7 +187,8 @@ def section(model: type[BaseModel], path: str, shown: Any, said: Mapping[str, st
         below, many = models(field.annotation)
         if below is not None:
             place = f"{dotted}.NAME" if many == "mapping" else f"{dotted}[]" if many else dotted
-            inner.append((below, place, value if not many else first(value)))
+            default = value or below.model_construct().model_dump(mode="json", by_alias=True)
+            inner.append((below, place, default if not many else first(value)))
         default = "" if field.is_required() else "see below" if below and value else shortly(value)
         marked = f"`{key}`" + (" ↻" if not needs_restart([dotted.replace("[]", ".NAME")]) else "")
         plain = re.sub(r"\[\]|\.NAME", "", dotted)

@@ -19,6 +19,7 @@ DEAD_LETTER_REASONS = frozenset(
         "salvaged",
         "too_large",
         "too_late",
+        "unreadable",
     }
 )
 

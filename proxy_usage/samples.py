@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+import msgspec
+from ulid import ULID
+
+from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.errors import ConfigError, DecodeError
 from proxy_usage.events import Mint, rfc3339
 from proxy_usage.model import MAX_EVENT_VALUE, Key
+from proxy_usage.outputs import FORMATS
+from proxy_usage.store import Queued
 
 _ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 _TENANT = "sample-project"
@@ -61,6 +67,45 @@ def check_samples(mint: Mint, defaults: Sequence[str]) -> None:
             hint="correct the meters' types and the outputs' source",
             mistakes=tuple(mistakes),
         )
+
+
+def check_formats(outputs: Sequence[OutputConfig], mint: Mint, defaults: Sequence[str]) -> None:
+    """Encodes an event of each meter for each output that posts, and reads the request as its receiver would.
+
+    Args:
+        defaults: the dimensions' defaults, in their order.
+
+    Raises:
+        ConfigError: a request says something else than was meant.
+    """
+    key = Key(_TENANT, tuple(defaults))
+    dimensions = dict(zip(mint.dimensions, key.dimensions, strict=True))
+    for output in outputs:
+        if output.format not in FORMATS:
+            continue
+        wire = FORMATS[output.format](output, mint.length_ms)
+        for index, meter in enumerate(mint.meters):
+            event = mint.body(_ID, index, key, _TIME_MS, MAX_EVENT_VALUE)
+            queued = Queued(1, _ID, _TENANT, meter.name, MAX_EVENT_VALUE, event)
+            sent = msgspec.json.decode(wire.encode([queued]).body)
+            (said,) = sent if isinstance(sent, list) else (sent,)
+            if output.format == "ceilometer":
+                meant = {
+                    "type": "delta",
+                    "volume": MAX_EVENT_VALUE,
+                    "project_id": _TENANT,
+                    "id": str(ULID.from_str(_ID).to_uuid()),
+                }
+                said["resource_metadata"] = {name: said["resource_metadata"].get(name) for name in dimensions}
+                meant["resource_metadata"] = dimensions
+            else:
+                meant = msgspec.json.decode(event)
+            wrong = {name: said.get(name) for name, value in meant.items() if said.get(name) != value}
+            if wrong:
+                raise ConfigError(
+                    f"outputs {output.name!r}: meters.{meter.name} would be sent as {wrong!r}",
+                    hint="this is a defect of proxy-usage: report it with your configuration",
+                )
 
 
 def read_event(body: bytes) -> dict[str, object]:

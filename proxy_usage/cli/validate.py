@@ -17,6 +17,7 @@ from proxy_usage.errors import ConfigError
 
 if TYPE_CHECKING:
     from proxy_usage.config import Config
+    from proxy_usage.config.outputs import OutputConfig
 
 CatalogOption = Annotated[
     Path | None,
@@ -62,12 +63,13 @@ def _check(config: Config, catalog: Path | None) -> list[str]:
         ConfigError: an event would not be a CloudEvent, or would not be what the catalog declares.
     """
     from proxy_usage.catalog import WARNING, check_config, check_rules, load_catalog
-    from proxy_usage.samples import check_samples
+    from proxy_usage.samples import check_formats, check_samples
     from proxy_usage.service.build import build_mint
 
     defaults = [dimension.default for dimension in config.dimensions.values()]
     if config.outputs:
         check_samples(build_mint(config), defaults)
+        check_formats(config.outputs, build_mint(config), defaults)
     if catalog is None:
         return []
     declared = load_catalog(catalog)
@@ -109,7 +111,11 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
         url = urlsplit(output.url or "")
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
         if url.scheme == "http" and not is_loopback(f"{host}:80"):
-            what = "the token and all usage travel" if output.token_file else "all usage travels"
+            what = (
+                "the credentials and all usage travel"
+                if output.token_file or output.user
+                else "all usage travels"
+            )
             yield f"{name}: {what} in plain text to {url.hostname}"
 
 
@@ -122,7 +128,13 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
         "meters": [{"name": m.name, "type": m.type, "unit": m.unit} for m in config.meter_list()],
         "skip": [rule.reason for rule in config.skip],
         "outputs": [
-            {"name": output.name, "format": output.format, "url": output.url} for output in config.outputs
+            {
+                "name": output.name,
+                "format": output.format,
+                "url": output.url,
+                "file": output.file and str(output.file.path),
+            }
+            for output in config.outputs
         ],
         "store": str(config.store.path),
         "memory": {
@@ -133,6 +145,10 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
         },
         "catalog": None if catalog is None else str(catalog),
     }
+
+
+def _place(output: OutputConfig) -> str | None:
+    return str(output.file.path) if output.file is not None else output.url
 
 
 def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell]]:
@@ -147,7 +163,7 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
     for meter in config.meter_list():
         yield "meter", f"{meter.name} as {meter.type} in {meter.unit}"
     for output in config.outputs:
-        yield "output", f"{output.name} ({output.format}) {output.url or ''}".strip()
+        yield "output", f"{output.name} ({output.format}) {_place(output) or ''}".strip()
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from proxy_usage.config.fields import UNREACHABLE, is_loopback, split_address
+from proxy_usage.config.fields import is_loopback, split_address
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import METER_TYPES, Config
+from proxy_usage.config.output_checks import file_finding, output_findings
 from proxy_usage.config.sources import RuleConfig
 from proxy_usage.config.units import format_duration, format_size
 from proxy_usage.model import FieldKind
@@ -41,7 +42,7 @@ def check(config: Config) -> Iterator[Finding]:
         _windows,
         _streams,
         _store,
-        _outputs,
+        output_findings,
         _workers,
     ):
         yield from one(config)
@@ -306,49 +307,9 @@ def _store(config: Config) -> Iterator[Finding]:
 
 def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.access) -> Iterator[Finding]:
     """What keeps a store from being opened at ``path``, without trying: directories and permissions."""
-    place: Loc = ("store", "path")
-    try:
-        found = _store_finding(path, access)
-    except OSError as error:  # a directory above it may not be entered
-        found = (f"{path} cannot be reached: {error.strerror}", UNREACHABLE)
+    found = file_finding(path, "usage.db", access)
     if found is not None:
-        yield Finding(place, *found)
-
-
-def _store_finding(path: Path, access: Callable[[Path, int], bool]) -> tuple[str, str] | None:
-    directory = path.parent
-    if path.is_dir():
-        return f"{path} is a directory", "name a file, e.g. usage.db in it"
-    if not directory.exists() and not directory.parent.is_dir():
-        return f"directory {directory} does not exist", f"create it: mkdir -p {directory}"
-    if directory.exists() and not directory.is_dir():
-        return f"{directory} is not a directory", "name a file in a directory"
-    writable = directory if directory.exists() else directory.parent
-    if not access(writable, os.W_OK | os.X_OK):
-        return (
-            f"directory {writable} cannot be written by this user",
-            "grant write permission (chown, fsGroup), or name another directory",
-        )
-    return None
-
-
-def _outputs(config: Config) -> Iterator[Finding]:
-    if not config.outputs:
-        yield Finding(
-            ("outputs",),
-            "has no output, so nothing would be delivered",
-            "add {name: billing, url: …}, or {name: shadow, format: none} to keep the ledger alone",
-        )
-    seen: dict[str, int] = {}
-    for index, output in enumerate(config.outputs):
-        first = seen.setdefault(output.name, index)
-        if first != index:
-            yield Finding(
-                ("outputs", index, "name"),
-                f"{output.name!r} is the name of {{other}} already",
-                "give each output its own name: the store tells them apart by it",
-                concerns=(("outputs", first),),
-            )
+        yield Finding(("store", "path"), *found)
 
 
 def _workers(config: Config) -> Iterator[Finding]:

@@ -225,7 +225,8 @@ def _http_url(value: str) -> str:
         raise Wrong(f"scheme {url.scheme!r} is neither http nor https", remedy)
     if url.username is not None or url.password is not None:
         raise Wrong(
-            "a URL must not hold a user or password (it would show in logs)", "use token_file for credentials"
+            "a URL must not hold a user or password (it would show in logs)",
+            "use token_file, or user and password_file",
         )
     if not url.hostname or port == 0:
         raise Wrong(f"{value!r} names no host or port that can be reached", remedy)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from proxy_usage.config.fields import (
+    AnyPath,
     Count,
     Duration,
     FilePath,
@@ -17,20 +18,31 @@ from proxy_usage.config.fields import (
     Instant,
     Name,
     PositiveDuration,
+    PositiveSize,
     Section,
+    Text,
     Whole,
 )
 from proxy_usage.config.mistakes import Wrong
 
 MAX_BATCH = 100
-"""The endpoint refuses longer batches whole."""
-PLANNED_FORMATS = ("ceilometer", "cloudevents", "file", "nats")
+"""The billing endpoint refuses longer batches whole."""
+MAX_EVENTS = 10_000
+"""Of a batch of any other format, whose bytes are bounded as well."""
+PLANNED_FORMATS = ("nats",)
+CLOUDEVENTS = "application/cloudevents-batch+json"
+CLOUDEVENT = "application/cloudevents+json"
+"""One event: then a batch is one."""
+HTTP_KEYS = ("url", "token_file", "user", "password_file", "ca_file", "cert_file", "key_file", "gzip")
+_MIB = 1 << 20
+_GIB = 1 << 30
 
 
 def _format(value: Any) -> Any:
     if value in PLANNED_FORMATS:
         raise Wrong(
-            f"format {value!r} is not supported by this version", "use billing, or none for the ledger alone"
+            f"format {value!r} is not supported by this version",
+            "use billing, ceilometer, cloudevents or file, or none for the ledger alone",
         )
     return value
 
@@ -49,7 +61,8 @@ def _source(value: str) -> str:
 class BatchConfig(Section):
     """How many events go into one request."""
 
-    events: Whole = Field(default=MAX_BATCH, ge=1, le=MAX_BATCH)
+    events: Whole = Field(default=MAX_BATCH, ge=1, le=MAX_EVENTS)
+    """The billing endpoint takes 100 at most, other formats 10000."""
     linger: Duration = 1_000
     """How long a batch that is not full waits for more."""
 
@@ -69,19 +82,94 @@ class RetryConfig(Section):
         return self
 
 
+class CeilometerNames(Section):
+    """The name that each meter has among Ceilometer's."""
+
+    requests: Text = "network.services.http.requests"
+    """Of requests."""
+    ingress_bytes: Text = "network.services.http.ingress.bytes"
+    """Of bytes that clients sent."""
+    egress_bytes: Text = "network.services.http.egress.bytes"
+    """Of bytes that clients were sent."""
+    connection_seconds: Text = "network.services.http.connection.seconds"
+    """Of open time."""
+
+
+class CeilometerUnits(Section):
+    """The unit that each meter is said to be in. Nothing is converted: a unit is a word."""
+
+    requests: Text = "request"
+    """Of requests."""
+    ingress_bytes: Text = "B"
+    """Of bytes that clients sent."""
+    egress_bytes: Text = "B"
+    """Of bytes that clients were sent."""
+    connection_seconds: Text = "s"
+    """Of open time."""
+
+
+class CeilometerConfig(Section):
+    """Samples of `format: ceilometer`."""
+
+    names: CeilometerNames = CeilometerNames()
+    units: CeilometerUnits = CeilometerUnits()
+    resource_id: Text = "httproute/{httproute_namespace}/{httproute_name}"
+    """Dimensions, `{tenant}` and `{meter}` in braces; the tenant alone where one of them is empty."""
+    source: Text = "proxy-usage"
+    """The samples' ``source``; not that of CloudEvents."""
+    batch: Flag = True
+    """An array a request; false: one bare sample a request, and `batch.events` is 1."""
+
+
+class FileConfig(Section):
+    """The archive of `format: file`."""
+
+    path: AnyPath
+    """The file that is written. Its directory is made if the directory above it exists."""
+    rotate_bytes: PositiveSize = 64 * _MIB
+    """A file that would become larger is given its final name first, which has the time in it."""
+    rotate_every: PositiveDuration = 3_600_000
+    """So is one that was written in an earlier hour, counted from midnight UTC, or whatever this says."""
+    max_bytes: PositiveSize = 8 * _GIB
+    """All files of the archive together. Then the output pauses: only you may take files away."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.rotate_bytes > self.max_bytes:
+            raise Wrong("is more than max_bytes", "raise max_bytes or lower this", at=("rotate_bytes",))
+        return self
+
+
+def _content_type(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9.+-]+/[a-z0-9.+-]+", value):
+        raise Wrong(
+            f"{value!r} is not a bare media type",
+            f"write {CLOUDEVENTS} without parameters: some endpoints compare it exactly",
+        )
+    return value
+
+
 class OutputConfig(Section):
     """One receiver of events, with its own pending state."""
 
     name: Name
     """Names the output in the store: renaming it makes another output of it."""
-    format: Annotated[Literal["billing", "none"], BeforeValidator(_format)] = "billing"
-    """``billing``: JSON batches for the billing endpoint. ``none``: nothing is sent, the ledger is kept."""
+    format: Annotated[
+        Literal["billing", "ceilometer", "cloudevents", "file", "none"], BeforeValidator(_format)
+    ] = "billing"
+    """``billing``: JSON batches for the billing endpoint. ``ceilometer``: samples as Ceilometer posts them.
+    ``cloudevents``: batches for OpenMeter and the like. ``file``: an archive on disk. ``none``: nothing is
+    sent, the ledger is kept."""
     url: HttpUrl | None = None
-    """Where batches are posted; `format: none` needs none."""
+    """Where batches are posted; `format: file` has none, `format: none` needs none."""
     source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
     """The CloudEvents ``source`` of all events."""
     token_file: FilePath | None = None
     """Bearer token, re-read when it changes."""
+    user: Text | None = None
+    """User of HTTP Basic authentication, in place of a token."""
+    password_file: FilePath | None = None
+    """The user's password, re-read when it changes."""
     ca_file: FilePath | None = None
     """Authorities to trust in place of the system's."""
     cert_file: FilePath | None = None
@@ -102,11 +190,62 @@ class OutputConfig(Section):
     """Only windows that begin at or after this time are sent (milliseconds since the epoch)."""
     until: Instant | None = None
     """Only windows that begin before this time are sent."""
+    content_type: Annotated[Text, AfterValidator(_content_type)] | None = None
+    """Of `format: cloudevents`; unset: `application/cloudevents-batch+json`."""
+    ceilometer: CeilometerConfig | None = None
+    """Of `format: ceilometer`; unset: the defaults."""
+    file: FileConfig | None = None
+    """Of `format: file`, which needs it."""
+
+    @model_validator(mode="after")
+    def _of_its_format(self) -> Self:
+        for name, of in (("content_type", "cloudevents"), ("ceilometer", "ceilometer"), ("file", "file")):
+            if getattr(self, name) is not None and self.format not in (of, "none"):
+                raise Wrong(
+                    f"{name} says nothing about format {self.format}",
+                    f"remove it, or write format: {of}",
+                    at=(name,),
+                )
+        if self.format == "file":
+            if self.file is None:
+                raise Wrong("format file needs a file", "give file: {path: …}")
+            for name in HTTP_KEYS:
+                if getattr(self, name):
+                    raise Wrong(f"{name} has no use with a file", f"remove {name}", at=(name,))
+        if self.events_at_most < self.batch.events:
+            raise Wrong(
+                f"{self.batch.events} is too large",
+                f"at most {self.events_at_most}, for what format {self.format} sends at once",
+                at=("batch", "events"),
+            )
+        return self
+
+    @property
+    def events_at_most(self) -> int:
+        """How many events the receiver takes at once."""
+        if self.format == "ceilometer" and self.ceilometer is not None and not self.ceilometer.batch:
+            return 1
+        if self.content_type == CLOUDEVENT:
+            return 1
+        return MAX_BATCH if self.format in ("billing", "none") else MAX_EVENTS
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.format != "none" and self.url is None:
+        if self.format not in ("none", "file") and self.url is None:
             raise Wrong(f"format {self.format} needs a url", "give url, or format: none to send nothing")
+        if (self.user is None) != (self.password_file is None):
+            there, missing = ("password_file", "user") if self.user is None else ("user", "password_file")
+            raise Wrong(
+                f"{missing} is missing", f"Basic authentication needs both: give {missing} beside {there}"
+            )
+        if self.user is not None and (
+            self.token_file is not None or not self.user.isprintable() or ":" in self.user
+        ):
+            raise Wrong(
+                "cannot be sent: it has a colon in it, or token_file is there too",
+                "HTTP knows one kind of credentials at a time, and no user with a colon",
+                at=("user",),
+            )
         for name in ("ca_file", "cert_file", "key_file"):
             if getattr(self, name) is not None and self.url is not None and self.url.startswith("http:"):
                 raise Wrong(

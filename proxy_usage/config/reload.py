@@ -26,6 +26,7 @@ RELOADABLE = frozenset(
         "listen.token_file",
         "listen.http_token_file",
         "outputs.*.token_file",
+        "outputs.*.password_file",
         "outputs.*.ca_file",
         "outputs.*.cert_file",
         "outputs.*.key_file",

@@ -12,8 +12,12 @@ from typing import Protocol, Self
 
 from proxy_usage.delivery.transport import TokenFile, Transport
 from proxy_usage.delivery.trust import Trust
-from proxy_usage.outputs.base import Answer, Output, Verdict
+from proxy_usage.errors import DecodeError
+from proxy_usage.outputs.base import Answer, Output, Refused, Verdict
 from proxy_usage.store import Queued
+
+UNREADABLE = "unreadable"
+"""Why an event is a dead letter whose stored bytes no longer say what it was."""
 
 
 class Sender(Protocol):
@@ -50,7 +54,11 @@ class HttpSender:
 
     async def send(self, events: Sequence[Queued]) -> Verdict:
         """Posts the batch and reads the answer."""
-        answer = await self._transport.post(self._output.encode(events))
+        try:
+            request = self._output.encode(events)
+        except DecodeError as error:  # split until the one is found that says nothing
+            return Refused(0, error.message, event_code=UNREADABLE)
+        answer = await self._transport.post(request)
         return self._output.read(answer, events) if isinstance(answer, Answer) else answer
 
     def trust(self, token: TokenFile | None, trust: Trust) -> None:

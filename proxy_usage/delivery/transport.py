@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
 
+from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.outputs.base import Answer, Paused, Request, Retry
 
@@ -17,7 +19,7 @@ GZIP_LEVEL = 1  # 17 times smaller for 1 µs an event; level 9 is 21 times for t
 
 
 class TokenFile:
-    """A bearer token in a file, read again whenever the file changes.
+    """Credentials in a file, read again whenever the file changes: a bearer token.
 
     Raises nothing: an unreadable file, or one that holds what no header can carry (a second line, say), is
     reported by ``header`` as no token, and the endpoint's 401 pauses the output with a reason.
@@ -39,12 +41,42 @@ class TokenFile:
             status = self._path.stat()
             seen = (status.st_mtime_ns, status.st_ino, status.st_size)
             if seen != self._seen:
-                text = self._path.read_text("utf-8").strip()
-                self._token = text if text.isascii() and text.isprintable() else ""
+                self._token = self._usable(self._path.read_text("utf-8"))
                 self._seen = seen
         except (OSError, UnicodeDecodeError):
             self._token, self._seen = "", None
         return self._token
+
+    @staticmethod
+    def _usable(text: str) -> str:
+        text = text.strip()
+        return text if text.isascii() and text.isprintable() else ""
+
+
+class Password(TokenFile):
+    """A user, and the password in a file: HTTP Basic authentication (RFC 7617), in UTF-8."""
+
+    def __init__(self, user: str, path: Path) -> None:
+        super().__init__(path)
+        self._user = user
+
+    def header(self) -> dict[str, str]:
+        """The Authorization header for the present password."""
+        password = self.token()
+        pair = base64.b64encode(f"{self._user}:{password}".encode()).decode()
+        return {"Authorization": f"Basic {pair}"} if password else {}
+
+    @staticmethod
+    def _usable(text: str) -> str:
+        text = text.rstrip("\r\n")  # spaces may be meant
+        return text if text.isprintable() else ""
+
+
+def credentials(output: OutputConfig) -> TokenFile | None:
+    """What an output says who it is with; None: nothing."""
+    if output.user is not None and output.password_file is not None:
+        return Password(output.user, output.password_file)
+    return TokenFile(output.token_file) if output.token_file is not None else None
 
 
 class Transport:

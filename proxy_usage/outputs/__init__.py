@@ -7,9 +7,17 @@ is delivery's and the same for all.
 
 from collections.abc import Callable
 
+from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.outputs.base import Output
 from proxy_usage.outputs.billing import Billing
+from proxy_usage.outputs.ceilometer import Ceilometer
+from proxy_usage.outputs.cloudevents import CloudEvents
 
-FORMATS: dict[str, Callable[[], Output]] = {"billing": Billing}
+FORMATS: dict[str, Callable[[OutputConfig, int], Output]] = {
+    "billing": lambda _output, _window_ms: Billing(),
+    "ceilometer": Ceilometer,
+    "cloudevents": CloudEvents,
+}
+"""Those that are posted. Each is made of its configuration and the length of a window in milliseconds."""
 
 __all__ = ["FORMATS", "Output"]

@@ -8,30 +8,17 @@ sent; the results of a 207 carry no index, and no id where the id itself was the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
 
-from proxy_usage.outputs.base import (
-    Ambiguous,
-    Answer,
-    Paused,
-    Refused,
-    Request,
-    Retry,
-    Settled,
-    Shortfall,
-    Verdict,
-)
+from proxy_usage.outputs.answers import read_failure, said
+from proxy_usage.outputs.base import Ambiguous, Answer, Refused, Request, Settled, Shortfall, Verdict
 from proxy_usage.store import Fate, Queued
 
 EVENT_CODES = frozenset(
     {"INVALID_ULID", "MISSING_REQUIRED_FIELD", "INVALID_DATACONTENTTYPE", "INVALID_VALUE_TYPE"}
 )
-MAX_RETRY_AFTER_MS = 3_600_000
-"""An endpoint that asks for more patience is asked again after an hour."""
 
 
 class Billing:
@@ -45,24 +32,14 @@ class Billing:
 
     def read(self, answer: Answer, events: Sequence[Queued]) -> Verdict:
         """Classifies an answer of the endpoint (contract: "What a client should do")."""
-        text = answer.body[:500].decode(errors="replace")
+        text = said(answer)
         status = answer.status
         if 200 <= status < 300:
             return _read_success(answer, events, text)
         if status == 400:
             code, detail = _error(answer.body)
             return Refused(status, detail or text, code if code in EVENT_CODES else "")
-        if status == 413:
-            return Refused(status, text, too_large=True)
-        if status in (401, 403):
-            return Paused("unauthorized", f"{status}: {text}", _retry_after_ms(answer))
-        if status in (408, 425, 429) or (status >= 500 and status != 501):
-            reason = {408: "timeout", 425: "too_early", 429: "throttled"}.get(status, "server_error")
-            return Retry(reason, f"{status}: {text}", _retry_after_ms(answer))
-        if 300 <= status < 400:
-            place = answer.headers.get("location", "")
-            return Paused("redirected", f"{status} to {place[:200]}", _retry_after_ms(answer))
-        return Paused("misconfigured", f"{status}: {text}", _retry_after_ms(answer))
+        return read_failure(answer)
 
 
 def _read_success(answer: Answer, events: Sequence[Queued], text: str) -> Verdict:
@@ -117,22 +94,3 @@ def _error(body: bytes) -> tuple[str, str]:
         return "", ""
     code, message = str(parsed.get("code") or ""), str(parsed.get("message") or "")
     return code, f"{code}: {message}" if code else message
-
-
-def _retry_after_ms(answer: Answer) -> int:
-    """``Retry-After`` in seconds or as a date, as milliseconds from now; 0 when absent or unreadable.
-
-    A date is measured against the answer's own ``Date``, so that the two clocks need not agree.
-    """
-    value = answer.headers.get("retry-after", "").strip()
-    if value.isdecimal():
-        return min(int(value) * 1_000, MAX_RETRY_AFTER_MS) if len(value) < 10 else MAX_RETRY_AFTER_MS
-    try:
-        until = parsedate_to_datetime(value)
-        now = parsedate_to_datetime(answer.headers["date"]) if "date" in answer.headers else None
-    except (TypeError, ValueError, OverflowError):
-        return 0
-    if until.tzinfo is None or (now is not None and now.tzinfo is None):
-        return 0
-    wait = until - (now or datetime.now(UTC))
-    return max(0, min(wait.days * 86_400_000 + wait.seconds * 1_000, MAX_RETRY_AFTER_MS))

@@ -26,7 +26,7 @@ from proxy_usage.model import Meter, Origin, Quantity
 from proxy_usage.nodes import Nodes
 from proxy_usage.pipeline import Pipeline, Port
 from proxy_usage.receiver import Receiver, ReceiverLimits, Room, RoomLimits, Sink, Tap, TlsFiles
-from proxy_usage.samples import check_samples
+from proxy_usage.samples import check_formats, check_samples
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.opening import Past, crash_loss, learn, recover, salvages
 from proxy_usage.service.repairs import Repairs
@@ -123,7 +123,9 @@ def open_storage(config: Config, *, from_backup: bool = False) -> Storage:
         StoreError: the store cannot be used; ConfigError: it does not fit the configuration, or the events
             that the configuration makes are none.
     """
-    check_samples(build_mint(config), [dimension.default for dimension in config.dimensions.values()])
+    defaults = [dimension.default for dimension in config.dimensions.values()]
+    check_samples(build_mint(config), defaults)
+    check_formats(config.outputs, build_mint(config), defaults)
     now_ms = clock_ms()
     database = Database(config.store.path, max_bytes=config.store.max_bytes, aside_ms=now_ms)
     try:

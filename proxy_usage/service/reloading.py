@@ -9,7 +9,7 @@ from proxy_usage.admission import Admission
 from proxy_usage.attribution import Attributor
 from proxy_usage.config import Config, changed, needs_restart
 from proxy_usage.decode import Fold
-from proxy_usage.delivery.transport import TokenFile
+from proxy_usage.delivery.transport import TokenFile, credentials
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import ConfigError
 from proxy_usage.pipeline import Port
@@ -31,7 +31,7 @@ class Change:
     tls: TlsFiles | None
     http_token: TokenFile | None
     trust: Mapping[str, tuple[TokenFile | None, Trust]]
-    """Token, roots and certificate of each output that sends, by its name."""
+    """Token, roots and certificate of each output, by its name."""
 
 
 def prepare(old: Config, new: Config) -> Change:
@@ -58,10 +58,9 @@ def prepare(old: Config, new: Config) -> Change:
         http_token=TokenFile(new.listen.http_token_file) if new.listen.http_token_file else None,
         trust={
             output.name: (
-                TokenFile(output.token_file) if output.token_file else None,
+                credentials(output),
                 Trust.of(output),
             )
             for output in new.outputs
-            if output.url is not None
         },
     )

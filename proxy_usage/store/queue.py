@@ -45,6 +45,8 @@ class Queued(NamedTuple):
     meter: str
     value: int
     body: bytes
+    window_ms: int | None = None
+    """When its window began; None where only the bytes are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +362,9 @@ def _begin(db: sqlite3.Connection, batch: Batch, too_late: int, now_ms: int) -> 
 def _load(db: sqlite3.Connection, batch: int) -> Batch | None:
     """A batch; None when no event is left in it."""
     rows = db.execute(
-        "SELECT d.seq, e.id, k.tenant, e.meter, e.value, e.body, d.first_attempt_ms FROM deliveries d"
-        " JOIN events e ON e.seq=d.seq JOIN keys k ON k.key=e.key WHERE d.batch=? ORDER BY d.seq",
+        "SELECT d.seq, e.id, k.tenant, e.meter, e.value, e.body, e.window_ms, d.first_attempt_ms"
+        " FROM deliveries d JOIN events e ON e.seq=d.seq JOIN keys k ON k.key=e.key"
+        " WHERE d.batch=? ORDER BY d.seq",
         (batch,),
     ).fetchall()
     if not rows:
@@ -372,8 +375,8 @@ def _load(db: sqlite3.Connection, batch: int) -> Batch | None:
     return Batch(
         id=batch,
         output=output,
-        events=tuple(Queued(*row[:6]) for row in rows),
+        events=tuple(Queued(*row[:7]) for row in rows),
         attempts=attempts,
-        first_attempt_ms=min(row[6] for row in rows),
+        first_attempt_ms=min(row[7] for row in rows),
         confirm=bool(confirm),
     )

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.outputs import FORMATS
+from proxy_usage.outputs.answers import MAX_RETRY_AFTER_MS
 from proxy_usage.outputs.base import (
     Ambiguous,
     Answer,
@@ -21,10 +23,11 @@ from proxy_usage.outputs.base import (
     Shortfall,
     Verdict,
 )
-from proxy_usage.outputs.billing import EVENT_CODES, MAX_RETRY_AFTER_MS, Billing
+from proxy_usage.outputs.billing import EVENT_CODES, Billing
 from proxy_usage.store import Fate, Queued
 
 A, B, C = (letter * 26 for letter in "ABC")
+OUTPUT = OutputConfig.model_validate({"name": "billing", "url": "http://127.0.0.1/x"})
 SENT = tuple(Queued(seq, id_, "alpha", "requests", 1, b"{}") for seq, id_ in ((11, A), (12, B), (13, C)))
 DELIVERED = Fate("delivered", 200)
 
@@ -41,7 +44,7 @@ def read(
 
 def test_a_batch_is_the_stored_bytes_joined_into_an_array() -> None:
     events = [SENT[0]._replace(body=b'{"a": 1}'), SENT[1]._replace(body=b'{"b":"\xc3\xa9"}')]
-    request = FORMATS["billing"]().encode(events)
+    request = FORMATS["billing"](OUTPUT, 60_000).encode(events)
     assert request.body == b'[{"a": 1},{"b":"\xc3\xa9"}]'
     assert request.headers == {"Content-Type": "application/json"}
 

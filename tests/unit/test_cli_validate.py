@@ -72,7 +72,7 @@ def test_what_was_checked_is_said_in_words(call: Caller) -> None:
         ),
         (
             {"outputs": [BILLING | {"url": "http://[2001:db8::1]:80/", "token_file": "token"}]},
-            "outputs 'billing': the token and all usage travel in plain text to 2001:db8::1",
+            "outputs 'billing': the credentials and all usage travel in plain text to 2001:db8::1",
         ),
     ],
 )
