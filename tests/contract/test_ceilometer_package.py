@@ -137,7 +137,7 @@ async def test_a_client_certificate_is_shown_as_ceilometer_shows_it(tmp_path: Pa
     tls.verify_mode = ssl.CERT_REQUIRED
     tls.load_cert_chain(pair.cert, pair.key)
     async with SamplesPeer(tls=tls) as peer:
-        files = {"ca_file": site.file, "cert_file": shown.cert, "key_file": shown.key}
+        files: dict[str, Any] = {"ca_file": site.file, "cert_file": shown.cert, "key_file": shown.key}
         await send(output(peer.url, **files), [events()])
         ours, peer.posts = peer.posts, []
         await publish(

@@ -20,7 +20,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from aiohttp import web
-from money import DIMENSIONS, METERS, SOURCE, OutputSlot, Store
+from money import DIMENSIONS, METERS, SOURCE, Store
 
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings
@@ -30,6 +30,7 @@ from proxy_usage.demo.listener import Listener
 from proxy_usage.metrics import Metrics
 from proxy_usage.service.build import clock_ms
 from proxy_usage.service.couriers import build_sender
+from proxy_usage.store import OutputSlot
 from proxy_usage.store.thread import StoreThread
 
 BATCH, SINGLE = "application/cloudevents-batch+json", "application/cloudevents+json"

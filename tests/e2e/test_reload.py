@@ -15,9 +15,11 @@ import aiohttp
 import grpc
 import pytest
 import yaml
+from aiohttp import web
 from listening import Client
 from pki import Authority
 from program import Sink, eventually, merged
+from samples_peer import Post, SamplesPeer
 from wire import http_row, message
 
 from proxy_usage.config import RELOADABLE
@@ -224,6 +226,30 @@ async def test_the_token_for_an_output(tmp_path: Path) -> None:
         await eventually(one.sink.reasons, "it is paused", why=one.sink.said)
         await one.change({}, {"token_file": str(tmp_path / "right")})
         await eventually(lambda: one.billed() == {"alpha"}, "it is delivered", why=one.sink.said)
+
+
+@covers("outputs.*.password_file")
+async def test_the_password_for_an_output(tmp_path: Path) -> None:
+    for name in ("wrong", "right"):
+        (tmp_path / name).write_text(name)
+    wanted = aiohttp.BasicAuth("meter", "right").encode()
+
+    def answer(post: Post) -> web.Response:
+        return web.Response(status=204 if post.headers.get("authorization") == wanted else 401)
+
+    async with SamplesPeer(answer=answer) as peer:
+        output = {"format": "ceilometer", "url": peer.url, "user": "meter"}
+        async with running(tmp_path, output={**output, "password_file": str(tmp_path / "wrong")}) as one:
+            await one.send(rows("alpha"))
+            await eventually(one.sink.reasons, "it is paused", why=one.sink.said)
+            await one.change({}, {"password_file": str(tmp_path / "right")})
+            await eventually(lambda: peer.volumes, "it is delivered", why=one.sink.said)
+            (tmp_path / "right").write_text("renewed\n")
+            wanted = aiohttp.BasicAuth("meter", "renewed").encode()
+            before = len(peer.volumes)
+            await one.send(rows("bravo"))
+            await eventually(lambda: len(peer.volumes) > before, "the renewed is sent", why=one.sink.said)
+    assert peer.wrong == []
 
 
 @covers("outputs.*.ca_file")

@@ -53,8 +53,11 @@ def test_a_page_for_people_is_no_answer() -> None:
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(400, Refused), (413, Refused), (422, Refused), (401, Paused), (404, Paused), (412, Paused)]
-    + [(302, Paused), (429, Retry), (500, Retry), (503, Retry)],
+    [
+        *((status, Refused) for status in (400, 413, 422)),
+        *((status, Paused) for status in (401, 403, 404, 412, 302)),
+        *((status, Retry) for status in (429, 500, 503)),
+    ],
 )
 def test_what_is_no_success(status: int, kind: type) -> None:
     verdict = wire().read(Answer(status, {}, b"why"), SENT)
