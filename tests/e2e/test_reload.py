@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import signal
@@ -228,11 +229,15 @@ async def test_the_token_for_an_output(tmp_path: Path) -> None:
         await eventually(lambda: one.billed() == {"alpha"}, "it is delivered", why=one.sink.said)
 
 
+def basic(pair: str) -> str:
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+
 @covers("outputs.*.password_file")
 async def test_the_password_for_an_output(tmp_path: Path) -> None:
     for name in ("wrong", "right"):
         (tmp_path / name).write_text(name)
-    wanted = aiohttp.BasicAuth("meter", "right").encode()
+    wanted = basic("meter:right")
 
     def answer(post: Post) -> web.Response:
         return web.Response(status=204 if post.headers.get("authorization") == wanted else 401)
@@ -245,7 +250,7 @@ async def test_the_password_for_an_output(tmp_path: Path) -> None:
             await one.change({}, {"password_file": str(tmp_path / "right")})
             await eventually(lambda: peer.volumes, "it is delivered", why=one.sink.said)
             (tmp_path / "right").write_text("renewed\n")
-            wanted = aiohttp.BasicAuth("meter", "renewed").encode()
+            wanted = basic("meter:renewed")
             before = len(peer.volumes)
             await one.send(rows("bravo"))
             await eventually(lambda: len(peer.volumes) > before, "the renewed is sent", why=one.sink.said)

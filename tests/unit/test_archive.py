@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from proxy_usage.config.outputs import FileConfig
-from proxy_usage.delivery import archive as module
 from proxy_usage.delivery.archive import ARCHIVE_FULL, DISK_FULL, IN_USE, TAIL, Archive
 from proxy_usage.outputs.base import Paused, Retry, Settled
 from proxy_usage.store import Fate, Queued
@@ -249,7 +248,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     def fails(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module.os, name, fails)
+    monkeypatch.setattr(os, name, fails)
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -272,7 +271,7 @@ def test_what_could_not_be_synced_is_not_delivered_and_not_believed_later(
         written.append(data)
         return true_write(fd, data, at)
 
-    monkeypatch.setattr(module.os, "pwrite", watched)
+    monkeypatch.setattr(os, "pwrite", watched)
     assert one.append(events(2), NOON_MS) == settled(2)
     assert ids(tmp_path) == ["E1", "E2"]
     # Whether it was cut off or not: it was written again before it was called durable.
@@ -338,7 +337,7 @@ def test_a_name_is_durable_before_what_is_written_under_it(
         done.append(Path(f"/proc/self/fd/{fd}").resolve().name)
         true_fsync(fd)
 
-    monkeypatch.setattr(module.os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watched)
     one = opened(tmp_path / "made", rotate_bytes=1)
     one.append(events(1), NOON_MS)
     assert done[:2] == [tmp_path.name, "made"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def test_a_password_is_read_again_when_its_file_changes(tmp_path: Path) -> None:
     one = Password("me", file)
     assert one.header() == basic("me", "one")
     (tmp_path / "new").write_text("two!")
-    os.replace(tmp_path / "new", file)
+    (tmp_path / "new").replace(file)
     assert one.header() == basic("me", "two!")
     file.unlink()
     assert one.header() == {}  # a request without credentials: its 401 pauses the output
