@@ -49,6 +49,18 @@ def test_what_was_checked_is_said_in_words(call: Caller) -> None:
     assert f"{call.config} can be used; " in said.out
 
 
+def test_where_each_output_goes_is_said(call: Caller, tmp_path: Path) -> None:
+    archive = {"name": "archive", "format": "file", "file": {"path": str(tmp_path / "usage.ndjson")}}
+    samples = {"name": "telemetry", "format": "ceilometer", "url": "https://telemetry.example.com/"}
+    call.configure(outputs=[BILLING, samples, archive])
+    said = call("validate")
+    assert said.code == 0
+    assert "output     telemetry (ceilometer) https://telemetry.example.com/\n" in said.out
+    assert f"output     archive (file) {tmp_path}/usage.ndjson\n" in said.out
+    shown = call("validate", "--json").json["outputs"]
+    assert [output["file"] for output in shown] == [None, None, f"{tmp_path}/usage.ndjson"]
+
+
 @pytest.mark.parametrize(
     ("sections", "warned"),
     [
