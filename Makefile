@@ -126,5 +126,5 @@ $(DEV): $(READY) requirements/dev.txt pyproject.toml
 $(CEILOMETER): requirements/ceilometer.txt | $(DEV)
 	@echo "Installing requirements/ceilometer.txt into $(CEILOMETER_VENV) ..."
 	@$(PY) -m venv --clear $(CEILOMETER_VENV)
-	@$(CEILOMETER_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/ceilometer.txt
+	@$(CEILOMETER_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --require-hashes -r requirements/ceilometer.txt
 	@touch $@

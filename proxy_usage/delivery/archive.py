@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import socket
 from collections.abc import Sequence
@@ -153,13 +154,13 @@ class Archive:
     def finished(self) -> list[Path]:
         """The files that are finished, oldest first."""
         stem, suffix = self._path.stem, self._path.suffix
-        found = self._path.parent.glob(f"{_escape(stem)}-*{_escape(suffix)}")
+        found = self._path.parent.glob(f"{glob.escape(stem)}-*{glob.escape(suffix)}")
         return sorted(path for path in found if _moment_ms(path, stem, suffix) is not None)
 
     def _has_room(self, wanted: int) -> bool:
         """Whether so many bytes may be in the file that is written, beside those that are finished."""
         if self._finished_bytes is None or self._finished_bytes + wanted > self.config.max_bytes:
-            self._finished_bytes = sum(path.stat().st_size for path in self.finished())
+            self._finished_bytes = sum(map(_size, self.finished()))
         return self._finished_bytes + wanted <= self.config.max_bytes
 
     def _due(self, one: _Open, now_ms: int) -> bool:
@@ -252,17 +253,16 @@ class Archive:
         return _Open(fd, lock, size, written_ms, frozenset(ids))
 
     def _ids_of(self, path: Path) -> set[str]:
-        """Ids at the end of a finished file, made as durable as it looks."""
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        """Ids at the end of a finished file, which was durable when it was finished; none if it is gone."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return set()
         try:
             start, tail = _read_tail(fd, os.fstat(fd).st_size)
-            end, ids = self._whole(tail, complete=start == 0)
-            if end:
-                os.pwrite(fd, tail[:end], start)
-            os.fsync(fd)
         finally:
             os.close(fd)
-        return ids
+        return self._whole(tail, complete=start == 0)[1]
 
     def _whole(self, tail: bytes, *, complete: bool) -> tuple[int, set[str]]:
         """Where the last line ends that is an event, and the ids of all lines that are.
@@ -295,6 +295,14 @@ def _verdict(error: OSError) -> Retry | Paused:
     if error.errno in _FULL:
         return Paused(DISK_FULL, text)
     return Paused("misconfigured", text) if error.errno in _WRONG else Retry("io_error", text)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where somebody takes it away just now."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _same(fd: int, path: Path) -> bool:
@@ -332,7 +340,3 @@ def _moment_ms(path: Path, stem: str, suffix: str) -> int | None:
     except ValueError:
         return None
     return (moment - _EPOCH) // timedelta(milliseconds=1)
-
-
-def _escape(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)

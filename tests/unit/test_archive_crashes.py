@@ -69,6 +69,8 @@ def test_the_batch_of_a_crash_is_found_in_a_file_that_was_finished_since(tmp_pat
     one.append(events(1, 2), NOON_MS)
     one.rotate(NOON_MS + HOUR_MS)
     one.close()
+    for path in one.finished():
+        path.chmod(0o444)  # it is its owner's now
     one = opened(tmp_path)
     assert one.append(events(1, 2), NOON_MS + HOUR_MS) == settled(1, 2)
     assert ids(tmp_path) == ["E1", "E2"]
