@@ -10,7 +10,7 @@ from pathlib import Path
 from proxy_usage.config.fields import UNREACHABLE
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import Config
-from proxy_usage.config.outputs import CeilometerConfig
+from proxy_usage.config.outputs import CeilometerConfig, OutputConfig
 
 OWN_METADATA = ("window_start", "window_end", "meter")
 """What a sample's resource_metadata has besides the dimensions."""
@@ -33,6 +33,15 @@ def output_findings(config: Config) -> Iterator[Finding]:
                 f"{output.name!r} is the name of {{other}} already",
                 "give each output its own name: the store tells them apart by it",
                 concerns=(("outputs", first),),
+            )
+        default = OutputConfig.model_fields["source"].default
+        if output.format == "cloudevents" and output.source not in (config.outputs[0].source, default):
+            # Its receiver tells duplicates by source and id: another one later would be another event.
+            yield Finding(
+                ("outputs", index, "source"),
+                "is not what would be sent: an event has one source, that of {other}",
+                "write the same source, or leave it out",
+                concerns=(("outputs", 0),),
             )
         yield from _sample_findings(config, index)
     yield from _archive_findings(config)

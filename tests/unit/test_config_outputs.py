@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_call import Caller
 
 from proxy_usage.config import Config, load_text
 from proxy_usage.config.outputs import FileConfig
 from proxy_usage.errors import ConfigError
 from proxy_usage.model import MAX_EVENT_VALUE
-from proxy_usage.outputs import FORMATS
+from proxy_usage.outputs import FORMATS, Output
 from proxy_usage.outputs.base import Answer, Request, Verdict
 from proxy_usage.samples import check_formats
-from proxy_usage.service.build import build_mint
+from proxy_usage.service.build import build_mint, open_storage
+from proxy_usage.store import Queued
 
 URL = "url: http://127.0.0.1:1/x"
 
@@ -141,6 +144,16 @@ def test_without_the_routes_dimensions_the_default_resource_is_the_tenant(tmp_pa
     read(f"format: ceilometer, {URL}", tmp_path, "dimensions: {region: {literal: x}}")
 
 
+def test_openmeters_source_is_the_one_that_is_sent(tmp_path: Path) -> None:
+    meter = "name: b, format: cloudevents, url: 'http://127.0.0.1:1/y'"
+    with pytest.raises(
+        ConfigError, match=r"outputs\[1\].source: is not what would be sent.*of outputs\[0\];"
+    ):
+        read(f"{URL}, source: //a.example/x}}\n- {{{meter}, source: //b.example/x", tmp_path)
+    for source in ("", ", source: //a.example/x"):
+        read(f"{URL}, source: //a.example/x}}\n- {{{meter}{source}", tmp_path)
+
+
 def test_an_archive_is_its_own(tmp_path: Path) -> None:
     archive = "format: file, file: {path: usage.ndjson}"
     with pytest.raises(ConfigError, match=r"is the archive of outputs\[0\] already"):
@@ -149,22 +162,33 @@ def test_an_archive_is_its_own(tmp_path: Path) -> None:
         read("format: file, file: {path: usage.db}", tmp_path, "store: {path: usage.db}")
 
 
+class Halving:
+    """A format that sends half of what was used."""
+
+    def __init__(self, honest: Output) -> None:
+        self._honest = honest
+
+    def encode(self, events: Sequence[Queued]) -> Request:
+        request = self._honest.encode(events)
+        whole, half = str(MAX_EVENT_VALUE).encode(), str(MAX_EVENT_VALUE // 2).encode()
+        return Request(request.body.replace(whole, half), request.headers)
+
+    def read(self, answer: Answer, events: Sequence[Queued]) -> Verdict:
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_that_says_something_else_than_was_meant_does_not_start(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = read(f"format: {name}, {URL}", tmp_path)
+    config = read(f"format: {name}, {URL}", tmp_path, f"store: {{path: {tmp_path}/usage.db}}")
     honest = FORMATS[name](config.outputs[0], 60_000)
-
-    class Halving:
-        def encode(self, events: object) -> Request:
-            request = honest.encode(events)  # type: ignore[arg-type]
-            whole, half = str(MAX_EVENT_VALUE).encode(), str(MAX_EVENT_VALUE // 2).encode()
-            return Request(request.body.replace(whole, half), request.headers)
-
-        def read(self, answer: Answer, events: object) -> Verdict:
-            raise NotImplementedError
-
-    monkeypatch.setitem(FORMATS, name, lambda _output, _window_ms: Halving())
+    monkeypatch.setitem(FORMATS, name, lambda _output, _window_ms: Halving(honest))
     with pytest.raises(ConfigError, match="would be sent as"):
-        check_formats(config.outputs, build_mint(config), [""] * len(config.dimensions))
+        open_storage(config)
+    assert not (tmp_path / "usage.db").exists()
+    call = Caller(tmp_path, capsys)
+    call.configure(outputs=[{"name": "a", "format": name, "url": "http://127.0.0.1:1/x"}])
+    said = call("validate")
+    assert said.code == 78
+    assert "would be sent as" in said.err
