@@ -6,25 +6,26 @@ import re
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from proxy_usage.config.fields import (
     Count,
     Duration,
     FilePath,
     Flag,
-    HttpUrl,
     Instant,
     Name,
     PositiveDuration,
     Section,
     Whole,
+    http_url,
 )
 from proxy_usage.config.mistakes import Wrong
+from proxy_usage.config.nats import SCHEMES, NatsConfig, nats_url, tls_files
 
 MAX_BATCH = 100
 """The endpoint refuses longer batches whole."""
-PLANNED_FORMATS = ("ceilometer", "cloudevents", "file", "nats")
+PLANNED_FORMATS = ("ceilometer", "cloudevents", "file")
 
 
 def _format(value: Any) -> Any:
@@ -33,6 +34,10 @@ def _format(value: Any) -> Any:
             f"format {value!r} is not supported by this version", "use billing, or none for the ledger alone"
         )
     return value
+
+
+def _url(value: str) -> str:
+    return nats_url(value) if value.partition(":")[0] in SCHEMES else http_url(value)
 
 
 def _source(value: str) -> str:
@@ -69,15 +74,21 @@ class RetryConfig(Section):
         return self
 
 
+OutputUrl = Annotated[
+    str, AfterValidator(_url), WithJsonSchema({"type": "string", "pattern": "^(https?|nats|tls)://[^@]+$"})
+]
+
+
 class OutputConfig(Section):
     """One receiver of events, with its own pending state."""
 
     name: Name
     """Names the output in the store: renaming it makes another output of it."""
-    format: Annotated[Literal["billing", "none"], BeforeValidator(_format)] = "billing"
-    """``billing``: JSON batches for the billing endpoint. ``none``: nothing is sent, the ledger is kept."""
-    url: HttpUrl | None = None
-    """Where batches are posted; `format: none` needs none."""
+    format: Annotated[Literal["billing", "nats", "none"], BeforeValidator(_format)] = "billing"
+    """``billing``: JSON batches for the billing endpoint. ``nats``: into a JetStream stream.
+    ``none``: nothing is sent, the ledger is kept."""
+    url: OutputUrl | None = None
+    """Where batches are posted, or the NATS server; `format: none` needs none."""
     source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
     """The CloudEvents ``source`` of all events."""
     token_file: FilePath | None = None
@@ -102,23 +113,36 @@ class OutputConfig(Section):
     """Only windows that begin at or after this time are sent (milliseconds since the epoch)."""
     until: Instant | None = None
     """Only windows that begin before this time are sent."""
+    nats: NatsConfig | None = None
+    """What only `format: nats` needs."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.format != "none" and self.url is None:
             raise Wrong(f"format {self.format} needs a url", "give url, or format: none to send nothing")
-        for name in ("ca_file", "cert_file", "key_file"):
-            if getattr(self, name) is not None and self.url is not None and self.url.startswith("http:"):
-                raise Wrong(
-                    f"{name} has no use with http", f"write https in url, or remove {name}", at=(name,)
-                )
-        for name, other in (("cert_file", "key_file"), ("key_file", "cert_file")):
-            if getattr(self, name) is None and getattr(self, other) is not None:
-                raise Wrong(
-                    f"{name} is missing", f"a client certificate needs both: give {name} beside {other}"
-                )
+        _fits(self.format, self.url)
+        tls_files(self, self.url)
+        if self.format == "nats" and self.nats is None:
+            raise Wrong("format nats needs a section nats", "give nats: {stream: …}")
+        if self.format != "nats" and self.nats is not None:
+            raise Wrong("is of format nats", "remove it, or write format: nats", at=("nats",))
+        if self.format == "nats" and self.gzip:
+            raise Wrong("NATS compresses nothing from here", "remove gzip", at=("gzip",))
         if self.from_ is not None and self.until is not None and self.until <= self.from_:
             raise Wrong(
                 "until is not after from, so nothing would be sent", "set a later until", at=("until",)
             )
         return self
+
+
+def _fits(form: str, url: str | None) -> None:
+    """Raises Wrong where the address's scheme is another format's."""
+    if url is None or form == "none":
+        return
+    scheme = url.partition(":")[0]
+    if form == "nats" and scheme not in SCHEMES:
+        raise Wrong(f"scheme {scheme!r} is neither tls nor nats", "write tls://host:4222", at=("url",))
+    if form != "nats" and scheme in SCHEMES:
+        raise Wrong(
+            f"scheme {scheme!r} is neither http nor https", "write https://…, or format: nats", at=("url",)
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from proxy_usage.config import Config
+from proxy_usage.config.nats import NatsConfig
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.delivery import (
     Courier,
@@ -13,8 +14,11 @@ from proxy_usage.delivery import (
     Policy,
     RetrySettings,
     Sender,
+    StoredBacklog,
     Transport,
 )
+from proxy_usage.delivery.jetstream import Link, Peer
+from proxy_usage.delivery.nats_sender import NatsSender
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
@@ -23,10 +27,12 @@ from proxy_usage.service.build import Storage, clock_ms
 from proxy_usage.store.thread import StoreThread
 
 
-def build_sender(output: OutputConfig) -> Sender | None:
+def build_sender(output: OutputConfig, policy: Policy) -> Sender | None:
     """What sends an output's batches; None where nothing is sent."""
     if output.format == "none" or output.url is None:  # a shadow run may keep the url for later
         return None
+    if output.nats is not None:
+        return _nats_sender(output, output.url, output.nats, policy)
     transport = Transport(
         output.url,
         timeout_ms=output.timeout,
@@ -38,6 +44,26 @@ def build_sender(output: OutputConfig) -> Sender | None:
     return HttpSender(FORMATS[output.format](), transport)
 
 
+def _nats_sender(output: OutputConfig, url: str, nats: NatsConfig, policy: Policy) -> NatsSender:
+    token = TokenFile(output.token_file) if output.token_file else None
+    return NatsSender(
+        Link(Peer(url, output.timeout, nats.creds_file), token, Trust.of(output)),
+        stream=nats.stream,
+        subject=nats.subject,
+        window=nats.window,
+        dedup_window_ms=output.dedup_window,
+        remembers=policy.remembers,
+    )
+
+
+def build_policy(output: OutputConfig) -> Policy:
+    """The output's state: backoff, pause, and what it learns."""
+    return Policy(
+        RetrySettings(output.retry.initial, output.retry.max, output.dedup_window),
+        below=random.SystemRandom().randrange,
+    )
+
+
 def build_couriers(
     config: Config, storage: Storage, thread: StoreThread, metrics: Metrics
 ) -> tuple[Courier, ...]:
@@ -45,7 +71,8 @@ def build_couriers(
     numbers = {slot.name: slot.output for slot in storage.slots}
     couriers = []
     for output in config.outputs:
-        sender = build_sender(output)
+        policy = build_policy(output)
+        sender = build_sender(output, policy)
         if sender is None:
             continue
         couriers.append(
@@ -58,13 +85,9 @@ def build_couriers(
                     output.concurrency,
                     config.windows.late_horizon,
                 ),
-                storage.queue,
-                thread,
+                StoredBacklog(storage.queue, thread),
                 sender,
-                Policy(
-                    RetrySettings(output.retry.initial, output.retry.max, output.dedup_window),
-                    below=random.SystemRandom().randrange,
-                ),
+                policy,
                 metrics,
                 clock_ms,
             )
