@@ -33,6 +33,7 @@ PENDING_BYTES = 8 << 20
 """What may wait for the socket; a batch is 1 MiB at the most."""
 CONNECT_S = 10
 """A connection takes no longer, however patient the requests on it are."""
+CLOSE_S = 1
 PING_S = 20
 """A server that answers none of two pings, so far apart, is gone."""
 _CREDENTIALS = re.compile(
@@ -106,8 +107,7 @@ class Link:
         self.peer = peer
         self.max_payload = 0
         """Bytes of a message, with its headers, that the server takes."""
-        self.denied: set[str] = set()
-        """Subjects that this connection may not publish to: the server says so beside the request."""
+        self._denied: set[str] = set()
         self._token = token
         self._trust = trust
         self._client: Client | None = None
@@ -145,7 +145,7 @@ class Link:
         client, self._client = self._client, None
         if client is not None and not client.is_closed:
             try:
-                async with asyncio.timeout(self.peer.timeout_ms / 1_000):
+                async with asyncio.timeout(CLOSE_S):
                     await client.close()
             except (TimeoutError, OSError):
                 pass  # it was to end, and nobody waits for it any more
@@ -191,15 +191,15 @@ class Link:
             await _discard(client)
             raise
         self.max_payload = client.max_payload
-        self.denied.clear()
+        self._denied.clear()
         return client
 
     async def _noted(self, error: Exception) -> None:
         """nats-py reports beside the call what went wrong."""
         self._error = error
         denied = _DENIED.search(str(error))
-        if denied and len(self.denied) < MAX_DENIED:
-            self.denied.add(denied[1])
+        if denied and len(self._denied) < MAX_DENIED:
+            self._denied.add(denied[1].lower())
 
     async def _disconnected(self) -> None:
         self._broken()
@@ -209,6 +209,10 @@ class Link:
         for answer in answers.values():
             if not answer.done():
                 answer.set_exception(Lost("the connection broke before the answer came"))
+
+    def denies(self, subject: str) -> bool:
+        """Whether the server said, beside the request, that this connection may not publish to it."""
+        return subject.lower() in self._denied  # nats-py knows what was said in lower case alone
 
     # --- asking -----------------------------------------------------------------------------------------
 
@@ -353,7 +357,8 @@ def _client(*, must_encrypt: bool) -> Client:
 async def _discard(client: Client) -> None:
     """A client whose connection failed half way keeps its socket."""
     with contextlib.suppress(Exception):  # it was never connected: what is left of it is of no use
-        await client.close()
+        async with asyncio.timeout(CLOSE_S):  # a socket whose TLS failed does not say that it is closed
+            await client.close()
 
 
 def _verdict(error: Exception) -> Retry | Paused:

@@ -132,7 +132,7 @@ class NatsSender:
         try:
             config = (await self._link.api(request))["config"]
         except Lost:
-            if f"$JS.API.{request}" not in self._link.denied:
+            if not self._link.denies(f"$JS.API.{request}"):
                 raise
             self._say("not permitted to look at the stream: dedup_window is taken as configured", request)
             return self._link.max_payload
@@ -204,7 +204,7 @@ class NatsSender:
         if not answer.done():
             answer.cancel()
             subject = subject_of(self._subject, event.tenant)
-            if subject in self._link.denied:
+            if self._link.denies(subject):
                 tally.failed = ApiError(403, 0, f"not permitted to publish to {subject}")
             elif tally.lost is None:
                 tally.lost = Lost("an acknowledgement did not come", late=True)
