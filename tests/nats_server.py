@@ -201,7 +201,7 @@ class Wire:
         writer.transport.abort()
 
 
-# --- credentials: an operator, an account and a user, as nsc makes them --------------------------------------
+# --- credentials: an operator, an account and a user, as nsc makes them -----
 
 
 class Identity:

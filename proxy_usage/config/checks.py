@@ -42,6 +42,7 @@ def check(config: Config) -> Iterator[Finding]:
         _streams,
         _store,
         _outputs,
+        _forward,
         _workers,
     ):
         yield from one(config)
@@ -349,6 +350,31 @@ def _outputs(config: Config) -> Iterator[Finding]:
                 "give each output its own name: the store tells them apart by it",
                 concerns=(("outputs", first),),
             )
+
+
+def _forward(config: Config) -> Iterator[Finding]:
+    if config.forward is None or not config.outputs:
+        return
+    output = config.outputs[0]
+    if len(config.outputs) > 1:
+        yield Finding(
+            ("outputs", 1),
+            "is one too many for a forwarder",
+            "run a forwarder for each output, with a durable of its own",
+        )
+    if output.format in ("nats", "none"):
+        yield Finding(
+            ("outputs", 0, "format"),
+            f"{output.format!r} is nothing that a forwarder can deliver to",
+            "name a format that is sent over HTTP",
+        )
+    if 4 * config.forward.ack_wait > output.dedup_window:
+        yield Finding(
+            ("forward", "ack_wait"),
+            f"{format_duration(config.forward.ack_wait)} is more than a quarter of {{other}}",
+            "an event of a forwarder that died must come again while the endpoint remembers it: lower it",
+            concerns=(("outputs", 0, "dedup_window"),),
+        )
 
 
 def _workers(config: Config) -> Iterator[Finding]:

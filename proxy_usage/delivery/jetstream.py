@@ -42,6 +42,8 @@ _CREDENTIALS = re.compile(
 )
 _DENIED = re.compile(r'permissions violation for publish to "([^"]*)"', re.IGNORECASE)
 MAX_DENIED = 1_000
+_PROJECT = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
+"""A tenant is a DNS label (``attribution``). Anything else would be several tokens of a subject, or none."""
 NO_RESPONDERS = "503"
 
 
@@ -205,8 +207,7 @@ class Link:
         self._broken()
 
     def _broken(self) -> None:
-        answers, self._answers = self._answers, {}
-        for answer in answers.values():
+        for answer in tuple(self._answers.values()):
             if not answer.done():
                 answer.set_exception(Lost("the connection broke before the answer came"))
 
@@ -231,13 +232,18 @@ class Link:
         place = f"{self._inbox}.{self._asked}"
         answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
         self._answers[place] = answer
-        answer.add_done_callback(lambda _: self._answers.pop(place, None))
+        answer.add_done_callback(lambda _: self._forget(place))
         try:
             await client.publish(subject, payload, reply=place, headers=headers)
         except (OSError, Error) as error:
             answer.cancel()
             raise Unreachable(Retry("connect", f"{type(error).__name__}: {error}")) from None
         return answer
+
+    def _forget(self, place: str) -> None:
+        answer = self._answers.pop(place, None)
+        if answer is not None and not answer.cancelled():
+            answer.exception()  # whoever gave up on it does not look
 
     async def tell(self, subject: str, payload: bytes, reply: str = "") -> None:
         """Publishes without waiting for anything.
@@ -317,6 +323,11 @@ def credentials(path: Path) -> str:
     if not _CREDENTIALS.search(text):
         raise Unreachable(Paused("credentials", f"{path} does not hold a user's JWT and seed"))
     return text
+
+
+def is_token(project: str) -> bool:
+    """Whether a project's name is one token of a subject, as every DNS label is."""
+    return _PROJECT.fullmatch(project) is not None
 
 
 def subject_of(template: str, project: str) -> str:

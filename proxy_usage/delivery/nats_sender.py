@@ -17,7 +17,6 @@ Verdicts are per event: what was acknowledged is settled, whatever became of the
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -31,6 +30,7 @@ from proxy_usage.delivery.jetstream import (
     Lost,
     NoResponder,
     Unreachable,
+    is_token,
     read,
     subject_of,
 )
@@ -47,8 +47,6 @@ log = structlog.get_logger()
 HEADER_BYTES = 256
 """More than our two headers take: an id is 26 characters, a stream's name is bounded below."""
 NS_PER_MS = 1_000_000
-_PROJECT = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
-"""A tenant is a DNS label (``attribution``), and so one token. Anything else would be more, or none."""
 TOO_LARGE = 10054
 WRONG_STREAM = 10060
 FULL = 10077
@@ -161,7 +159,7 @@ class NatsSender:
             if len(event.body) + HEADER_BYTES > self._largest:
                 text = f"{len(event.body)} bytes and headers, at most {self._largest}"
                 tally.fates[event.seq] = Fate("dead", 0, "too_large", text)
-            elif not _PROJECT.fullmatch(event.tenant):
+            elif not is_token(event.tenant):
                 tally.fates[event.seq] = Fate(
                     "dead", 0, "refused", "its tenant is not one token of a subject"
                 )
