@@ -90,10 +90,14 @@ class Consumer:
         self._check(found["config"], config)
         self._seen = True
 
-    async def pending(self) -> int:
-        """Events of the stream that nobody has settled. Raises as ``look``."""
+    async def progress(self) -> tuple[int, int]:
+        """How many events nobody has settled, and the highest sequence that was handed to somebody.
+
+        Raises as ``look``.
+        """
         info = await self._link.api(f"CONSUMER.INFO.{self._settings.stream}.{self._settings.durable}")
-        return int(info.get("num_pending", 0)) + int(info.get("num_ack_pending", 0))
+        unsettled = int(info.get("num_pending", 0)) + int(info.get("num_ack_pending", 0))
+        return unsettled, int(info["delivered"]["stream_seq"])
 
     async def ask(self, inbox: str, events: int, expires_s: int) -> None:
         """Asks for up to so many events, which come to ``inbox`` as they are there. Raises Unreachable."""

@@ -215,13 +215,16 @@ class Courier:
 
     async def _persist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Repeats a call while the disk is in trouble: an answer that was read must not be lost."""
+        said = ""
         while True:
             try:
                 return await call(*args, **kwargs)
             except StoreError as error:
                 if not error.retriable:
                     raise
-                self._say_once("answer waits for the disk", error)
+                if said != error.message:
+                    said = error.message
+                    log.warning("answer waits to be noted", output=self.settings.name, error=said)
                 await asyncio.sleep(STORE_RETRY_S)
 
     def _say_once(self, text: str, error: StoreError) -> None:

@@ -28,6 +28,7 @@ from proxy_usage.outputs.base import Paused, Retry
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
 
 PENDING_BYTES = 8 << 20
 """What may wait for the socket; a batch is 1 MiB at the most."""
@@ -259,8 +260,8 @@ class Link:
         except (OSError, Error) as error:
             raise Unreachable(Retry("connect", f"{type(error).__name__}: {error}")) from None
 
-    async def listen(self, call: Callable[[Msg], Any]) -> str:
-        """Hands messages of a new inbox to ``call``, while this connection lasts. Returns its subject.
+    async def listen(self, call: Callable[[Msg], Any]) -> Subscription:
+        """Hands messages of a new inbox to ``call``, while this connection lasts.
 
         Raises:
             Unreachable: there is no connection.
@@ -271,8 +272,14 @@ class Link:
         async def take(message: Msg) -> None:
             call(message)
 
-        await client.subscribe(inbox, cb=take)
-        return inbox
+        return await client.subscribe(inbox, cb=take)
+
+    async def unlisten(self, inbox: Subscription) -> None:
+        """Wants no more messages of an inbox, which may be of a connection that is gone."""
+        from nats.errors import Error
+
+        with contextlib.suppress(Error, OSError):
+            await inbox.unsubscribe()
 
     async def _answered(self, message: Msg) -> None:
         answer = self._answers.get(message.subject)

@@ -185,8 +185,11 @@ class StreamBacklog:
 
     def _let_go(self, busy: frozenset[int]) -> None:
         """Keeps what is being sent at this moment: its answer settles it, whoever has it as well."""
-        self._batches = {number: batch for number, batch in self._batches.items() if number in busy}
-        self._taking.let_go({seq for batch in self._batches.values() for seq in batch.seqs})
+        under_way = {number: batch for number, batch in self._batches.items() if number in busy}
+        self._taking.let_go({seq for batch in under_way.values() for seq in batch.seqs})
+        for batch in self._batches.values():
+            batch.seqs = [seq for seq in batch.seqs if seq in self._taking.held]
+        self._batches = {n: batch for n, batch in self._batches.items() if batch.seqs or n in under_way}
 
     def _new(self, found: Sequence[Held], output: int, now_ms: int) -> Batch:
         before = found[0].before

@@ -27,6 +27,7 @@ from proxy_usage.store import Fate, Queued
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
 
 log = structlog.get_logger()
 
@@ -105,8 +106,8 @@ class Taking:
         """By sequence in the stream."""
         self.ready: dict[int, Held] = {}
         """Those that nobody here has attempted."""
-        self.lapsed = False
-        """The server was not told in time that what is held is looked after."""
+        self.lapsed: set[int] = set()
+        """Held, and the server was not told in time that they are looked after."""
         self._link = link
         self._consumer = Consumer(link, settings)
         self._output = output
@@ -119,6 +120,10 @@ class Taking:
         self._asked = 0  # events asked for and not come yet
         self._wake = asyncio.Event()
         self._stopping = False
+        self._unread: list[str] = []
+        self._inbox: Subscription | None = None
+        self._seen = 0  # the highest sequence that anybody was handed, as far as is known
+        self._water = 0  # the same, when this connection was made
 
     def oldest_ms(self) -> int | None:
         """When the oldest event that is held was published."""
@@ -136,8 +141,8 @@ class Taking:
             self.beat_ms = self._clock_ms()
             try:
                 await self._consumer.look()
-                inbox = await self._link.listen(self._take)
-                await self._serve(inbox)
+                self._inbox = await self._link.listen(self._take)
+                await self._serve(self._inbox.subject)
             except Unreachable as error:
                 self._say((error.verdict.reason, error.verdict.answer))
             except Lost as error:
@@ -153,10 +158,12 @@ class Taking:
     async def close(self) -> None:
         """Gives back what is not settled, so that another forwarder need not wait for it."""
         self._stopping = True
-        for held in self.held.values():
+        if self._link.open:
+            if self._inbox is not None:  # or they would come back here
+                await self._link.unlisten(self._inbox)
             with contextlib.suppress(Unreachable):
-                if self._link.open:
-                    await self._link.tell(held.reply, b"-NAK")
+                for reply in (*(held.reply for held in self.held.values()), *self._unread):
+                    await self._link.tell(reply, b"-NAK")
         self._return(len(self.held))
         self.held.clear()
         self.ready.clear()
@@ -165,15 +172,15 @@ class Taking:
     def check(self) -> None:
         """Looks whether what is held still is this forwarder's."""
         if self._monotonic() - self._lived > self._consumer.ack_wait_ms / 1_000:
-            self.lapsed = True
+            self.lapsed.update(self.held)
 
     def let_go(self, keep: Container[int]) -> None:
-        """Forgets what is held, but ``keep``: the server hands it to somebody, if it has not yet."""
-        gone = [seq for seq in self.held if seq not in keep]
+        """Forgets what lapsed, but ``keep``: the server hands it to somebody, if it has not yet."""
+        gone = [seq for seq in self.lapsed if seq in self.held and seq not in keep]
         for seq in gone:
             del self.held[seq]
             self.ready.pop(seq, None)
-        self.lapsed = False
+        self.lapsed.clear()
         self._return(len(gone))
 
     def _return(self, events: int) -> None:
@@ -192,6 +199,7 @@ class Taking:
         """Asks for events while there is room, on one connection. Returns when it broke."""
         self._asked = 0
         asked_at = self._monotonic()
+        self._water = self._seen
         self.check()
         await self._live()
         self._say(None)
@@ -219,7 +227,8 @@ class Taking:
         began = self._monotonic()
         for held in tuple(self.held.values()):
             await self._link.tell(held.reply, b"+WPI")
-        self.pending = await self._consumer.pending()
+        self.pending, handed_out = await self._consumer.progress()
+        self._seen = max(self._seen, handed_out)
         self._lived = began
 
     def _take(self, message: Msg) -> None:
@@ -234,13 +243,18 @@ class Taking:
         if self._asked == 0:
             self._wake.set()
         if self._stopping:
-            return  # it goes to another forwarder
+            self._unread.append(message.reply)  # as many as were asked for, at the most
+            return
         known = self.held.get(found.seq)
         if known is not None:  # it was thought that this forwarder had died; the newer address counts
             known.reply = message.reply
+            self.lapsed.discard(found.seq)
             return
         event, time_ms = _parsed(message, found.seq)
-        before = found.deliveries > 1
+        # A server that crashed may have forgotten what it handed out, and acknowledgements: those are not
+        # flushed at once. What was out before the connection broke may have been sent, whatever it counts.
+        before = found.deliveries > 1 or found.seq <= self._water
+        self._seen = max(self._seen, found.seq)
         held = Held(event, message.reply, found.published_ms, before, self._clock_ms(), time_ms)
         self.held[found.seq] = self.ready[found.seq] = held
         self._metrics.forward_read.inc()
