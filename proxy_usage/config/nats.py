@@ -18,7 +18,8 @@ SUBJECT = f"billing.usage.{PROJECT}.ingest"
 SCHEMES = ("nats", "tls")
 _TOKEN = re.compile(r"[^\s.*>{}\x00-\x1f\x7f]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
-ACK_PENDING = 1_000
+ACK_PENDING = 10_000
+"""A forwarder with two requests in flight holds 400."""
 
 
 def nats_url(value: str) -> str:
@@ -110,11 +111,15 @@ class ForwardConfig(Section):
     max_ack_pending: Count = ACK_PENDING
     """Events that all forwarders together may hold."""
     token_file: FilePath | None = None
+    """Token to log in with; read at every connection."""
     creds_file: FilePath | None = None
     """Credentials (JWT and seed), as `nsc` writes them; read at every connection."""
     ca_file: FilePath | None = None
+    """Authorities to trust in place of the system's."""
     cert_file: FilePath | None = None
+    """Client certificate, for servers that ask for one."""
     key_file: FilePath | None = None
+    """Private key of the client certificate."""
     timeout: PositiveDuration = 5_000
     """Of a connection, and of each answer of the server."""
 
