@@ -1,4 +1,4 @@
-"""docs/scaling.md is arithmetic from measured unit costs: whoever changes a cost changes what follows from it."""
+"""docs/scaling.md is arithmetic from measured unit costs: who changes a cost changes what follows from it."""
 
 import math
 import re

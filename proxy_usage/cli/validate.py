@@ -148,6 +148,8 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
         yield "meter", f"{meter.name} as {meter.type} in {meter.unit}"
     for output in config.outputs:
         yield "output", f"{output.name} ({output.format}) {output.url or ''}".strip()
+    if config.forward is not None:
+        yield "forward", f"{config.forward.subject} of {config.forward.stream} at {config.forward.url}"
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())

@@ -270,6 +270,7 @@ def test_named_with_place_and_remedy(
     assert remedy in told
 
 
+FORWARD = "forward: {url: 'nats://b:4222', stream: S}"
 OUTPUTS = {
     "no outputs": ("log: {}", 1, "outputs", "nothing would be delivered", "format: none"),
     "outputs empty": ("outputs: []", 1, "outputs", "nothing would be delivered", "format: none"),
@@ -381,17 +382,15 @@ OUTPUTS = {
         "letters",
     ),
     "forward to NATS": (
-        "forward: {url: 'nats://b:4222', stream: S}\n"
-        "outputs:\n- {name: a, format: nats, url: 'nats://b:4222', nats: {stream: S}}",
-        3,
+        "outputs:\n- {name: a, format: nats, url: 'nats://b:4222', nats: {stream: S}}\n" + FORWARD,
+        2,
         "outputs[0].format",
         "nothing that a forwarder can deliver to",
         "over HTTP",
     ),
     "forward to two": (
-        "forward: {url: 'nats://b:4222', stream: S}\n"
-        "outputs:\n- {name: a, url: 'http://b/'}\n- {name: c, url: 'http://b/'}",
-        4,
+        "outputs:\n- {name: a, url: 'http://b/'}\n- {name: c, url: 'http://b/'}\n" + FORWARD,
+        3,
         "outputs[1]",
         "one too many",
         "durable",
@@ -411,7 +410,7 @@ OUTPUTS = {
         "60s",
     ),
     "filter that filters nothing": (
-        "outputs:\n- {name: a, url: 'http://b/'}\nforward: {url: 'nats://b:4222', stream: S, subject: 'a.>.b'}",
+        "outputs:\n- {name: a, url: 'http://b/'}\nforward: {url: 'nats://b', stream: S, subject: 'a.>.b'}",
         3,
         "forward.subject",
         "'>' is no token",
