@@ -108,9 +108,13 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
                 yield f"{name}: {bound} is within a window; windows are sent whole, by when they begin"
         url = urlsplit(output.url or "")
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        if url.scheme == "http" and not is_loopback(f"{host}:80"):
+        if url.scheme in ("http", "nats") and not is_loopback(f"{host}:80"):
             what = "the token and all usage travel" if output.token_file else "all usage travels"
             yield f"{name}: {what} in plain text to {url.hostname}"
+    if config.forward is not None and config.forward.url.startswith("nats:"):
+        host = urlsplit(config.forward.url).hostname or ""
+        if not is_loopback(f"[{host}]:80" if ":" in host else f"{host}:80"):
+            yield f"forward: all usage travels in plain text from {host}"
 
 
 def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:

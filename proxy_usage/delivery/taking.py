@@ -189,7 +189,7 @@ class Taking:
             log.info("given back to the stream", events=events)
 
     def _say(self, problem: tuple[str, str] | None) -> None:
-        if problem != self.problem and problem is not None:
+        if problem is not None and (self.problem is None or self.problem[0] != problem[0]):
             log.warning("nothing comes from the stream", reason=problem[0], detail=problem[1])
         elif problem is None and self.problem is not None:
             log.info("reading the stream", stream=self.settings.stream, durable=self.settings.durable)

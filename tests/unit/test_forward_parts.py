@@ -1,5 +1,7 @@
 """What of a forwarder needs no server: which verb a configuration is for, and what addresses say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,21 @@ def test_validate_says_what_is_forwarded(tmp_path: Path, capsys: pytest.CaptureF
     assert "billing.usage.*.ingest of USAGE at nats://127.0.0.1:9" in capsys.readouterr().out
 
 
+def test_plain_text_that_leaves_the_machine_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "proxy-usage.yaml"
+    nats = "outputs: [{name: a, format: nats, url: 'nats://edge.example:4222', nats: {stream: USAGE}}]\n"
+    for text, said in (
+        (nats, "outputs 'a': all usage travels in plain text to edge.example"),
+        (OUTPUT + FORWARD.replace("127.0.0.1", "hub.example"), "in plain text from hub.example"),
+    ):
+        path.write_text(text)
+        assert main(["validate", "--config", str(path)]) == 0
+        shown = capsys.readouterr()
+        assert said in shown.out + shown.err
+
+
 @pytest.mark.parametrize(
     ("reply", "wanted"),
     [
@@ -65,6 +82,12 @@ def test_the_acknowledgements_address_tells_sequence_count_and_time(
 )
 def test_subjects_that_one_message_could_match(one: str, other: str, overlap: bool) -> None:
     assert subjects_overlap(one.split("."), other.split(".")) is overlap
+
+
+def test_a_sink_without_nats_does_not_load_it() -> None:
+    program = "import proxy_usage.service, sys; print({'nats', 'nkeys', 'nacl'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == "set()"
 
 
 def test_a_project_is_one_token() -> None:
