@@ -390,7 +390,7 @@ def _verdict(error: Exception) -> Retry | Paused:
     if "authorization" in text.lower() or "authentication" in text.lower():
         return Paused("unauthorized", text)
     if isinstance(error, SecureConnRequiredError):
-        return Paused("tls", "the server does not offer TLS, and url says tls")
+        return Paused("tls", "the server does not insist on TLS, and url says tls")
     if isinstance(error, ssl.SSLError):
         return Paused("tls", text)
     if isinstance(error, ValueError | NkeysError):

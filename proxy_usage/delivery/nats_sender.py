@@ -114,7 +114,7 @@ class NatsSender:
         except Lost as error:  # it was only looked
             return Retry("unavailable", str(error))
         except ApiError as error:
-            return await self._failed(error)
+            return await self._failed(error, "unavailable")
         return await self._verdict(events, tally)
 
     # --- the stream -------------------------------------------------------------------------------------
@@ -236,16 +236,16 @@ class NatsSender:
             reason = "timeout" if tally.lost.late else "broken_answer"
             return Retry(reason, str(tally.lost), fates=tally.fates)
         assert tally.failed is not None
-        return replace(await self._failed(tally.failed), fates=tally.fates)
+        return replace(await self._failed(tally.failed, "server_error"), fates=tally.fates)
 
-    async def _failed(self, error: ApiError) -> Retry | Paused:
+    async def _failed(self, error: ApiError, otherwise: str) -> Retry | Paused:
         if isinstance(error, NoResponder):
             return await self._nobody()
         if error.code == 403:
             return Paused("unauthorized", str(error))
         if error.err_code in _HOPELESS or error.code in (400, 404):
             return Paused("misconfigured", f"stream {self._stream}: {error}")
-        return Retry("stream_full" if error.err_code == FULL else "unavailable", str(error))
+        return Retry("stream_full" if error.err_code == FULL else otherwise, str(error))
 
     async def _nobody(self) -> Retry | Paused:
         """Nobody took a message: is there no such stream, or is it without a leader for a moment?"""
