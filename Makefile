@@ -44,6 +44,7 @@ bench: $(DEV)  ## what checkpoints, rows of long streams and a million of these 
 	@$(PY) bench/checkpoints.py
 	@$(PY) bench/long_rows.py
 	@$(PY) bench/memory_streams.py
+	@$(PY) bench/jetstream.py
 
 soak: $(DEV)  ## 5 million waiting events, then 20 minutes of load, churn, rotation and outages
 	@$(PY) bench/soak_backlog.py

@@ -77,6 +77,12 @@ class StoreUnavailable(StoreError):
     retriable = True
 
 
+class StreamUnavailable(StoreError):
+    """The stream that a forwarder reads cannot be reached; what it holds waits, or goes to another."""
+
+    retriable = True
+
+
 class DecodeError(ProxyUsageError):
     """Bytes that are not what they should be; names the offset. Costs the entry, never the stream."""
 

@@ -13,6 +13,7 @@ DEAD_LETTER_REASONS = frozenset(
         "MISSING_REQUIRED_FIELD",
         "INVALID_DATACONTENTTYPE",
         "INVALID_VALUE_TYPE",
+        "malformed",
         "not_accepted",
         "refused",
         "restored",
@@ -125,6 +126,13 @@ class Metrics:
         self.dead = gauge("dead_letters", "Dead letters kept for replay.", "output")
         self.oldest = gauge("queue_oldest_seconds", "Age of the oldest event not settled.", "output")
         self.paused = gauge("output_paused", "1 while an output is paused.", "output")
+
+        # a forwarder: read = settled + returned + held
+        self.forward_read = counter("forward_read", "Events that a forwarder took from its stream.")
+        self.forward_returned = counter(
+            "forward_returned", "Events that a forwarder gave back: another one settles them."
+        )
+        self.forward_held = gauge("forward_held", "Events that a forwarder has taken and not settled.")
 
         self.reload_refused = gauge(
             "config_reload_refused", "1 while the configuration file holds what was not taken over."

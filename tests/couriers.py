@@ -16,7 +16,7 @@ from pathlib import Path
 from money import Store
 
 from proxy_usage.config.outputs import OutputConfig
-from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings
+from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, StoredBacklog
 from proxy_usage.metrics import Metrics
 from proxy_usage.service.build import clock_ms
 from proxy_usage.service.couriers import build_sender
@@ -34,16 +34,16 @@ class Running:
         self.thread = StoreThread()
         self.couriers: list[Courier] = []
         for one, slot in zip(configured, self.store.slots, strict=True):
-            sender = build_sender(one, 60_000)
-            assert sender is not None
             retry = RetrySettings(one.retry.initial, one.retry.max, one.dedup_window)
+            policy = Policy(retry, below=random.Random(5).randrange)
+            sender = build_sender(one, 60_000, policy)
+            assert sender is not None
             self.couriers.append(
                 Courier(
                     CourierSettings(slot.name, slot.output, one.batch.events, 0, 1),
-                    self.store.queue,
-                    self.thread,
+                    StoredBacklog(self.store.queue, self.thread),
                     sender,
-                    Policy(retry, below=random.Random(5).randrange),
+                    policy,
                     Metrics(),
                     clock_ms,
                 )

@@ -20,6 +20,7 @@ from proxy_usage.cli.config_verbs import config_verbs
 from proxy_usage.cli.deadletters import deadletters
 from proxy_usage.cli.demo import demo
 from proxy_usage.cli.explain import explain
+from proxy_usage.cli.forward import forward
 from proxy_usage.cli.outputs import outputs
 from proxy_usage.cli.queue import queue
 from proxy_usage.cli.record import record
@@ -56,7 +57,7 @@ def _root(
     """Turns what Envoy proxies served into what a platform may bill."""
 
 
-for verb in (run, validate, explain, record, status, compare, demo, version):
+for verb in (run, forward, validate, explain, record, status, compare, demo, version):
     app.command()(verb)
 for group, name in (
     (config_verbs, "config"),

@@ -110,13 +110,17 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
                 yield f"{name}: {bound} is within a window; windows are sent whole, by when they begin"
         url = urlsplit(output.url or "")
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        if url.scheme == "http" and not is_loopback(f"{host}:80"):
+        if url.scheme in ("http", "nats") and not is_loopback(f"{host}:80"):
             what = (
                 "the credentials and all usage travel"
-                if output.token_file or output.user
+                if output.token_file or output.user or (output.nats and output.nats.creds_file)
                 else "all usage travels"
             )
             yield f"{name}: {what} in plain text to {url.hostname}"
+    if config.forward is not None and config.forward.url.startswith("nats:"):
+        host = urlsplit(config.forward.url).hostname or ""
+        if not is_loopback(f"[{host}]:80" if ":" in host else f"{host}:80"):
+            yield f"forward: all usage travels in plain text from {host}"
 
 
 def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
@@ -164,6 +168,8 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
         yield "meter", f"{meter.name} as {meter.type} in {meter.unit}"
     for output in config.outputs:
         yield "output", f"{output.name} ({output.format}) {_place(output) or ''}".strip()
+    if config.forward is not None:
+        yield "forward", f"{config.forward.subject} of {config.forward.stream} at {config.forward.url}"
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())

@@ -43,6 +43,7 @@ def check(config: Config) -> Iterator[Finding]:
         _streams,
         _store,
         output_findings,
+        _forward,
         _workers,
     ):
         yield from one(config)
@@ -310,6 +311,31 @@ def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.acces
     found = file_finding(path, "usage.db", access)
     if found is not None:
         yield Finding(("store", "path"), *found)
+
+
+def _forward(config: Config) -> Iterator[Finding]:
+    if config.forward is None or not config.outputs:
+        return
+    output = config.outputs[0]
+    if len(config.outputs) > 1:
+        yield Finding(
+            ("outputs", 1),
+            "is one too many for a forwarder",
+            "run a forwarder for each output, with a durable of its own",
+        )
+    if output.format in ("file", "nats", "none"):
+        yield Finding(
+            ("outputs", 0, "format"),
+            f"{output.format!r} is nothing that a forwarder can deliver to",
+            "name a format that is sent over HTTP",
+        )
+    if 4 * config.forward.ack_wait > output.dedup_window:
+        yield Finding(
+            ("forward", "ack_wait"),
+            f"{format_duration(config.forward.ack_wait)} is more than a quarter of {{other}}",
+            "an event of a forwarder that died must come again while the endpoint remembers it: lower it",
+            concerns=(("outputs", 0, "dedup_window"),),
+        )
 
 
 def _workers(config: Config) -> Iterator[Finding]:

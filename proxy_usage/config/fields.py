@@ -214,7 +214,8 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _http_url(value: str) -> str:
+def http_url(value: str) -> str:
+    """The value, if it is the address of something that speaks HTTP. Raises Wrong."""
     remedy = "write http://host[:port]/path or https://host[:port]/path"
     try:
         url: SplitResult = urlsplit(value)
@@ -312,7 +313,7 @@ FilePath = Annotated[Path, PlainValidator(_path), AfterValidator(_readable), Wit
 """A file that exists and can be read."""
 Name = Annotated[str, AfterValidator(_name)]
 HttpUrl = Annotated[
-    str, AfterValidator(_http_url), WithJsonSchema({"type": "string", "pattern": "^https?://[^@]+$"})
+    str, AfterValidator(http_url), WithJsonSchema({"type": "string", "pattern": "^https?://[^@]+$"})
 ]
 Instant = Annotated[
     int,

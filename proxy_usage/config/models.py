@@ -29,6 +29,7 @@ from proxy_usage.config.fields import (
     Whole,
 )
 from proxy_usage.config.mistakes import Wrong, WrongMany
+from proxy_usage.config.nats import ForwardConfig
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.config.skip import SkipRule
 from proxy_usage.config.sources import DimensionConfig, RuleConfig
@@ -299,6 +300,8 @@ class Config(Section):
     streams: StreamsConfig = StreamsConfig()
     store: StoreConfig = StoreConfig()
     outputs: tuple[OutputConfig, ...] = ()
+    forward: ForwardConfig | None = None
+    """Set for `proxy-usage forward` alone, which needs nothing else but one output."""
     audit: AuditConfig = AuditConfig()
     log: LogConfig = LogConfig()
     workers: Whole = Field(default=1, ge=1)

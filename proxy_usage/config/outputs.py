@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from proxy_usage.config.fields import (
     AnyPath,
@@ -14,7 +14,6 @@ from proxy_usage.config.fields import (
     Duration,
     FilePath,
     Flag,
-    HttpUrl,
     Instant,
     Name,
     PositiveDuration,
@@ -22,29 +21,32 @@ from proxy_usage.config.fields import (
     Section,
     Text,
     Whole,
+    http_url,
 )
 from proxy_usage.config.mistakes import Wrong
+from proxy_usage.config.nats import SCHEMES, NatsConfig, nats_url, tls_files
 
 MAX_BATCH = 100
 """The billing endpoint refuses longer batches whole."""
 MAX_EVENTS = 10_000
 """Of a batch of any other format, whose bytes are bounded as well."""
-PLANNED_FORMATS = ("nats",)
 CLOUDEVENTS = "application/cloudevents-batch+json"
 CLOUDEVENT = "application/cloudevents+json"
 """One event: then a batch is one."""
 HTTP_KEYS = ("url", "token_file", "user", "password_file", "ca_file", "cert_file", "key_file", "gzip")
+OWN_KEYS = (
+    ("content_type", "cloudevents"),
+    ("ceilometer", "ceilometer"),
+    ("file", "file"),
+    ("nats", "nats"),
+)
+"""What only one format knows, and which."""
 _MIB = 1 << 20
 _GIB = 1 << 30
 
 
-def _format(value: Any) -> Any:
-    if value in PLANNED_FORMATS:
-        raise Wrong(
-            f"format {value!r} is not supported by this version",
-            "use billing, ceilometer, cloudevents or file, or none for the ledger alone",
-        )
-    return value
+def _url(value: str) -> str:
+    return nats_url(value) if value.partition(":")[0] in SCHEMES else http_url(value)
 
 
 def _source(value: str) -> str:
@@ -149,19 +151,22 @@ def _content_type(value: str) -> str:
     return value
 
 
+OutputUrl = Annotated[
+    str, AfterValidator(_url), WithJsonSchema({"type": "string", "pattern": "^(https?|nats|tls)://[^@]+$"})
+]
+
+
 class OutputConfig(Section):
     """One receiver of events, with its own pending state."""
 
     name: Name
     """Names the output in the store: renaming it makes another output of it."""
-    format: Annotated[
-        Literal["billing", "ceilometer", "cloudevents", "file", "none"], BeforeValidator(_format)
-    ] = "billing"
+    format: Literal["billing", "ceilometer", "cloudevents", "file", "nats", "none"] = "billing"
     """``billing``: JSON batches for the billing endpoint. ``ceilometer``: samples as Ceilometer posts them.
-    ``cloudevents``: batches for OpenMeter and the like. ``file``: an archive on disk. ``none``: nothing is
-    sent, the ledger is kept."""
-    url: HttpUrl | None = None
-    """Where batches are posted; `format: file` has none, `format: none` needs none."""
+    ``cloudevents``: batches for OpenMeter and the like. ``file``: an archive on disk. ``nats``: into a
+    JetStream stream. ``none``: nothing is sent, the ledger is kept."""
+    url: OutputUrl | None = None
+    """Where batches are posted, or the NATS server; `format: file` has none, `format: none` needs none."""
     source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
     """The CloudEvents ``source`` of all events."""
     token_file: FilePath | None = None
@@ -196,10 +201,12 @@ class OutputConfig(Section):
     """Of `format: ceilometer`; unset: the defaults."""
     file: FileConfig | None = None
     """Of `format: file`, which needs it."""
+    nats: NatsConfig | None = None
+    """Of `format: nats`, which needs it."""
 
     @model_validator(mode="after")
     def _of_its_format(self) -> Self:
-        for name, of in (("content_type", "cloudevents"), ("ceilometer", "ceilometer"), ("file", "file")):
+        for name, of in OWN_KEYS:
             if getattr(self, name) is not None and self.format not in (of, "none"):
                 raise Wrong(
                     f"{name} says nothing about format {self.format}",
@@ -233,6 +240,14 @@ class OutputConfig(Section):
     def _complete(self) -> Self:
         if self.format not in ("none", "file") and self.url is None:
             raise Wrong(f"format {self.format} needs a url", "give url, or format: none to send nothing")
+        if self.format == "nats" and self.nats is None:
+            raise Wrong("format nats needs a section nats", "give nats: {stream: …}")
+        if self.format == "nats" and self.gzip:
+            raise Wrong("NATS compresses nothing from here", "remove gzip", at=("gzip",))
+        if self.format == "nats" and self.user is not None:
+            raise Wrong("NATS takes no user from here", "use token_file, or nats.creds_file", at=("user",))
+        _fits(self.format, self.url)
+        tls_files(self, self.url)
         if (self.user is None) != (self.password_file is None):
             there, missing = ("password_file", "user") if self.user is None else ("user", "password_file")
             raise Wrong(
@@ -246,18 +261,21 @@ class OutputConfig(Section):
                 "HTTP knows one kind of credentials at a time, and no user with a colon",
                 at=("user",),
             )
-        for name in ("ca_file", "cert_file", "key_file"):
-            if getattr(self, name) is not None and self.url is not None and self.url.startswith("http:"):
-                raise Wrong(
-                    f"{name} has no use with http", f"write https in url, or remove {name}", at=(name,)
-                )
-        for name, other in (("cert_file", "key_file"), ("key_file", "cert_file")):
-            if getattr(self, name) is None and getattr(self, other) is not None:
-                raise Wrong(
-                    f"{name} is missing", f"a client certificate needs both: give {name} beside {other}"
-                )
         if self.from_ is not None and self.until is not None and self.until <= self.from_:
             raise Wrong(
                 "until is not after from, so nothing would be sent", "set a later until", at=("until",)
             )
         return self
+
+
+def _fits(form: str, url: str | None) -> None:
+    """Raises Wrong where the address's scheme is another format's."""
+    if url is None or form == "none":
+        return
+    scheme = url.partition(":")[0]
+    if form == "nats" and scheme not in SCHEMES:
+        raise Wrong(f"scheme {scheme!r} is neither tls nor nats", "write tls://host:4222", at=("url",))
+    if form != "nats" and scheme in SCHEMES:
+        raise Wrong(
+            f"scheme {scheme!r} is neither http nor https", "write https://…, or format: nats", at=("url",)
+        )

@@ -1,25 +1,25 @@
-"""The loop that empties the queue of one output: lease, send, decide, settle."""
+"""The loop that empties the backlog of one output: lease, send, decide, settle."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import structlog
 
+from proxy_usage.delivery.backlog import Backlog
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING, Policy, Step
 from proxy_usage.delivery.sender import Sender
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.errors import StoreError
 from proxy_usage.metrics import Metrics
-from proxy_usage.store import Batch, Idle, Queue
+from proxy_usage.store import Batch, Idle
 from proxy_usage.store.letters import TOO_LATE
-from proxy_usage.store.thread import StoreThread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,8 +54,7 @@ class Courier:
     def __init__(
         self,
         settings: CourierSettings,
-        queue: Queue,
-        thread: StoreThread,
+        backlog: Backlog,
         sender: Sender,
         policy: Policy,
         metrics: Metrics,
@@ -65,8 +64,7 @@ class Courier:
         self.policy = policy
         self.beat_ms = clock_ms()
         """When the loop was last alive."""
-        self._queue = queue
-        self._thread = thread
+        self._backlog = backlog
         self._sender = sender
         self._metrics = metrics
         self._clock_ms = clock_ms
@@ -160,8 +158,7 @@ class Courier:
 
     async def _ask(self, *, again: bool, fresh: bool, events: int) -> Batch | Idle:
         now_ms, horizon_ms = self._clock_ms(), self.settings.late_horizon_ms
-        leased = await self._thread.run(
-            self._queue.lease,
+        leased = await self._backlog.lease(
             self.settings.output,
             now_ms,
             events=events,
@@ -183,9 +180,11 @@ class Courier:
         """Sends one batch and makes its consequences durable."""
         step = self.policy.decide(batch, await self._sender.send(batch.events), self._clock_ms())
         if step.wait_ms is not None:
+            if step.fates:
+                await self._persist(self._backlog.settle, batch, step.fates, self._clock_ms())
             not_before_ms = self._clock_ms() + step.wait_ms
             await self._persist(
-                self._queue.postpone,
+                self._backlog.postpone,
                 batch.id,
                 not_before_ms,
                 step.answer,
@@ -193,12 +192,20 @@ class Courier:
                 clean=step.refused and not batch.resent,
             )
         else:
-            parts = await self._persist(self._settle, batch, step)
+            parts = await self._persist(
+                self._backlog.settle,
+                batch,
+                step.fates,
+                self._clock_ms(),
+                rest=step.rest,
+                confirm=step.confirm,
+                clean=step.refused and not batch.resent,
+            )
             self.policy.inherit(batch, parts)
         if self.policy.paused != self._noted_pause:
             self._noted_pause = self.policy.paused
             await self._persist(
-                self._queue.pause,
+                self._backlog.pause,
                 self.settings.output,
                 self.policy.paused,
                 self.policy.detail,
@@ -206,25 +213,18 @@ class Courier:
             )
         self._report(batch, step)
 
-    def _settle(self, batch: Batch, step: Step) -> Sequence[int]:
-        return self._queue.settle(
-            batch,
-            step.fates,
-            self._clock_ms(),
-            rest=step.rest,
-            confirm=step.confirm,
-            clean=step.refused and not batch.resent,
-        )
-
-    async def _persist(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Repeats a store call while the disk is in trouble: an answer that was read must not be lost."""
+    async def _persist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Repeats a call while the disk is in trouble: an answer that was read must not be lost."""
+        said = ""
         while True:
             try:
-                return await self._thread.run(call, *args, **kwargs)
+                return await call(*args, **kwargs)
             except StoreError as error:
                 if not error.retriable:
                     raise
-                self._say_once("answer waits for the disk", error)
+                if said != error.message:
+                    said = error.message
+                    log.warning("answer waits to be noted", output=self.settings.name, error=said)
                 await asyncio.sleep(STORE_RETRY_S)
 
     def _say_once(self, text: str, error: StoreError) -> None:

@@ -9,7 +9,8 @@ Refused      several       split in half
              one           dead letter, but only on evidence that the endpoint accepts others: a code it
                            gives to single events, or another event accepted since the first refusal;
                            otherwise the output is paused and nothing moves
-Retry        any           same bytes, full-jitter backoff, never before Retry-After
+Retry        any           same bytes, full-jitter backoff, never before Retry-After; what it says of single
+                           events is settled, and the rest goes again
 Paused       any           the same, and readiness says why
 Ambiguous    any           the same; paused after the third in a row
 
@@ -20,7 +21,7 @@ request at its end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proxy_usage.outputs.base import Ambiguous, Paused, Refused, Retry, Settled, Shortfall, Verdict
 from proxy_usage.store import Batch, Fate
@@ -52,7 +53,7 @@ class Step:
     rest: tuple[tuple[int, ...], ...] = ()
     confirm: bool = False
     wait_ms: int | None = None
-    """Set: nothing is settled, the batch is postponed by so long."""
+    """Set: what ``fates`` does not settle of the batch is postponed by so long."""
     answer: str = ""
 
     @property
@@ -62,7 +63,7 @@ class Step:
 
     @property
     def refused(self) -> bool:
-        """Whether the attempt as a whole can have stored nothing."""
+        """Whether the attempt can have stored nothing of what it did not settle."""
         return self.outcome == "split" or (self.wait_ms is not None and not self.unanswered)
 
 
@@ -108,13 +109,19 @@ class Policy:
                 return self._shortfall(batch, verdict, now_ms)
             case Refused():
                 return self._refused(batch, verdict, now_ms)
-            case Retry(reason, answer, after_ms):
-                return self._wait(reason, answer, now_ms, after_ms)
-            case Paused(reason, answer, after_ms):
-                return self._wait(reason, answer, now_ms, after_ms, pause=True)
+            case Retry(reason, answer, after_ms, fates) | Paused(reason, answer, after_ms, fates):
+                pause = isinstance(verdict, Paused)
+                step = self._wait(reason, answer, now_ms, after_ms, pause=pause)
+                self.accepted += sum(fate.name == "delivered" for fate in fates.values())
+                return replace(step, fates=self._doubted(batch, fates, now_ms))
             case Ambiguous(answer):
                 self._ambiguous += 1
                 return self._wait("ambiguous", answer, now_ms, pause=self._ambiguous >= MAX_AMBIGUOUS)
+
+    def remembers(self, window_ms: int) -> None:
+        """The endpoint says itself for how long it recognises what it has stored: at most as configured."""
+        window_ms = min(window_ms, self._settings.dedup_window_ms)
+        self._settings = replace(self._settings, dedup_window_ms=window_ms)
 
     def wait_ms(self, now_ms: int) -> int:
         """For how long nothing is sent, since the last attempt failed."""

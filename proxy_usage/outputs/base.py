@@ -66,6 +66,8 @@ class Retry:
     answer: str = ""
     after_ms: int = 0
     """The endpoint asked to wait at least so long."""
+    fates: Mapping[int, Fate] = field(default_factory=dict)
+    """Outcomes that are known all the same, by ``Queued.seq``: only the rest goes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Paused:
     reason: str
     answer: str
     after_ms: int = 0
+    fates: Mapping[int, Fate] = field(default_factory=dict)
+    """As of ``Retry``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from proxy_usage.config import load
+from proxy_usage.errors import ConfigError
+from proxy_usage.service.forwarding import serve_forwarder
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.serving import serve
 
@@ -21,5 +23,26 @@ def run(config_path: Path, env: Mapping[str, str], *, restored: bool = False) ->
         ConfigError: the configuration has mistakes. StoreError, ListenError: it cannot start.
     """
     config = load(config_path, env)
+    if config.forward is not None:
+        raise ConfigError(
+            f"{config_path}: with a section forward it is a forwarder's configuration",
+            hint="start it with proxy-usage forward, or remove the section",
+        )
     configure_log(config.log.level, config.log.format)
     return asyncio.run(serve(config_path, env, config, restored=restored))
+
+
+def forward(config_path: Path, env: Mapping[str, str]) -> int:
+    """Runs a forwarder with a configuration file until it is stopped. Returns the process's exit code.
+
+    Raises:
+        ConfigError: the configuration has mistakes, or is a sink's. ListenError: it cannot start.
+    """
+    config = load(config_path, env)
+    if config.forward is None:
+        raise ConfigError(
+            f"{config_path}: no section forward says what to read",
+            hint="add forward: {url: …, stream: …}, or start a sink with proxy-usage run",
+        )
+    configure_log(config.log.level, config.log.format)
+    return asyncio.run(serve_forwarder(config, config.forward))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from proxy_usage.config import Config
+from proxy_usage.config.nats import NatsConfig
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.delivery import (
     Courier,
@@ -13,10 +14,13 @@ from proxy_usage.delivery import (
     Policy,
     RetrySettings,
     Sender,
+    StoredBacklog,
     Transport,
 )
 from proxy_usage.delivery.filing import FileSender
-from proxy_usage.delivery.transport import credentials
+from proxy_usage.delivery.jetstream import Link, Peer
+from proxy_usage.delivery.nats_sender import NatsSender
+from proxy_usage.delivery.transport import TokenFile, credentials
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs import FORMATS
@@ -27,16 +31,19 @@ FOR_EVER_MS = 1 << 62
 """An archive finds what it has by reading it back, however late."""
 
 
-def build_sender(output: OutputConfig, window_ms: int) -> Sender | None:
+def build_sender(output: OutputConfig, window_ms: int, policy: Policy) -> Sender | None:
     """What sends an output's batches; None where nothing is sent.
 
     Args:
         window_ms: length of a window, for events of which only the end is known.
+        policy: of this output: what a peer says of its memory goes there.
     """
     if output.format == "file" and output.file is not None:
         return FileSender(output.file, clock_ms)
     if output.format == "none" or output.url is None:  # a shadow run may keep the url for later
         return None
+    if output.nats is not None:
+        return _nats_sender(output, output.url, output.nats, policy)
     transport = Transport(
         output.url,
         timeout_ms=output.timeout,
@@ -48,6 +55,27 @@ def build_sender(output: OutputConfig, window_ms: int) -> Sender | None:
     return HttpSender(FORMATS[output.format](output, window_ms), transport)
 
 
+def _nats_sender(output: OutputConfig, url: str, nats: NatsConfig, policy: Policy) -> NatsSender:
+    token = TokenFile(output.token_file) if output.token_file else None
+    return NatsSender(
+        Link(Peer(url, output.timeout, nats.creds_file), token, Trust.of(output)),
+        stream=nats.stream,
+        subject=nats.subject,
+        window=nats.window,
+        dedup_window_ms=output.dedup_window,
+        remembers=policy.remembers,
+    )
+
+
+def build_policy(output: OutputConfig) -> Policy:
+    """The output's state: backoff, pause, and what it learns."""
+    remembered_ms = FOR_EVER_MS if output.format == "file" else output.dedup_window
+    return Policy(
+        RetrySettings(output.retry.initial, output.retry.max, remembered_ms),
+        below=random.SystemRandom().randrange,
+    )
+
+
 def build_couriers(
     config: Config, storage: Storage, thread: StoreThread, metrics: Metrics
 ) -> tuple[Courier, ...]:
@@ -55,10 +83,10 @@ def build_couriers(
     numbers = {slot.name: slot.output for slot in storage.slots}
     couriers = []
     for output in config.outputs:
-        sender = build_sender(output, config.windows.length)
+        policy = build_policy(output)
+        sender = build_sender(output, config.windows.length, policy)
         if sender is None:
             continue
-        filed = output.format == "file"
         couriers.append(
             Courier(
                 CourierSettings(
@@ -66,18 +94,14 @@ def build_couriers(
                     numbers[output.name],
                     output.batch.events,
                     output.batch.linger,
-                    1 if filed else output.concurrency,  # so that a crash leaves one batch in doubt
+                    1
+                    if output.format == "file"
+                    else output.concurrency,  # so that a crash leaves one batch in doubt
                     config.windows.late_horizon,
                 ),
-                storage.queue,
-                thread,
+                StoredBacklog(storage.queue, thread),
                 sender,
-                Policy(
-                    RetrySettings(
-                        output.retry.initial, output.retry.max, FOR_EVER_MS if filed else output.dedup_window
-                    ),
-                    below=random.SystemRandom().randrange,
-                ),
+                policy,
                 metrics,
                 clock_ms,
             )

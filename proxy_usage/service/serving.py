@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -17,6 +18,56 @@ from proxy_usage.service.service import Service
 log = structlog.get_logger()
 
 
+class Life(Protocol):
+    """What can be started, told to stop, and drained."""
+
+    @property
+    def stopping(self) -> bool: ...
+
+    def request_stop(self) -> None: ...
+
+    def reload(self) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def supervise(self) -> None: ...
+
+    async def drain(self) -> None: ...
+
+
+async def live(service: Life) -> bool:
+    """From start to drain, by signals. False: a second one cut the drain short.
+
+    Raises:
+        StageDied: a part of it ended by itself; it was drained.
+    """
+    forced = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        (forced.set if service.stopping else service.request_stop)()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
+    await service.start()
+    try:
+        await service.supervise()
+    except StageDied:
+        await service.drain()
+        raise
+    log.info("draining")
+    drain = asyncio.create_task(service.drain())
+    force = asyncio.create_task(forced.wait())
+    done, _ = await asyncio.wait([drain, force], return_when=asyncio.FIRST_COMPLETED)
+    force.cancel()
+    if drain in done:
+        drain.result()
+        return True
+    drain.cancel()
+    return False
+
+
 async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
     """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
     second signal, or stopped with usage that the store did not take."""
@@ -25,35 +76,14 @@ async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored:
     service: Service | None = None
     try:
         service = Service(config, storage, reload=lambda: load(path, env))
-        forced = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            (forced.set if service.stopping else service.request_stop)()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        loop.add_signal_handler(signal.SIGHUP, service.reload)
-        await service.start()
-        try:
-            await service.supervise()
-        except StageDied:
-            await service.drain()
-            raise
-        log.info("draining")
-        drain = asyncio.create_task(service.drain())
-        force = asyncio.create_task(forced.wait())
-        done, _ = await asyncio.wait([drain, force], return_when=asyncio.FIRST_COMPLETED)
-        force.cancel()
-        if drain in done:
-            drain.result()
-            if service.store_failure is not None:
-                return 1
-            log.info("drained")
-            return 0
-        log.warning("stopped before the drain was done; what was not durable is reported at the next start")
-        drain.cancel()
-        return 1
+        if not await live(service):
+            what = "stopped before the drain was done; what was not durable is reported at the next start"
+            log.warning(what)
+            return 1
+        if service.store_failure is not None:
+            return 1
+        log.info("drained")
+        return 0
     finally:
         if service is not None:
             await service.end()

@@ -15,7 +15,15 @@ import trustme
 from money import METERS, Store, cell, key
 from pki import Authority
 
-from proxy_usage.delivery import Courier, CourierSettings, HttpSender, Policy, RetrySettings, Transport
+from proxy_usage.delivery import (
+    Courier,
+    CourierSettings,
+    HttpSender,
+    Policy,
+    RetrySettings,
+    StoredBacklog,
+    Transport,
+)
 from proxy_usage.delivery.policy import REFUSING_EVERYTHING
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.delivery.trust import Trust
@@ -108,8 +116,7 @@ async def delivering(
 
     courier = Courier(
         CourierSettings("billing", store.output, batch_events, 0, concurrency),
-        store.queue,
-        thread,
+        StoredBacklog(store.queue, thread),
         HttpSender(
             Billing(),
             Transport(

@@ -25,7 +25,7 @@ from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.listener import Listener
 from proxy_usage.service.build import clock_ms
-from proxy_usage.service.couriers import build_sender
+from proxy_usage.service.couriers import build_policy, build_sender
 
 BATCH, SINGLE = "application/cloudevents-batch+json", "application/cloudevents+json"
 
@@ -128,7 +128,8 @@ async def test_the_billing_endpoint_takes_the_content_type_of_a_batch(tmp_path: 
         events = store.batch(now_ms=clock_ms(), events=10).events
     async with OpenMeterPeer("t0ken") as peer, BillingStandIn(token="t0ken") as billing:
         (openmeter, _) = outputs(peer, billing, token)
-        sender = build_sender(openmeter.model_copy(update={"url": billing.url}), 60_000)
+        moved = openmeter.model_copy(update={"url": billing.url})
+        sender = build_sender(moved, 60_000, build_policy(moved))
         assert sender is not None
         async with sender:
             await sender.send(events)

@@ -105,6 +105,7 @@ class Sink:
         """The configuration; a change takes effect at the next start."""
         self.arguments: tuple[str, ...] = ()
         """More arguments of ``run``, from the next start on."""
+        self.verb = "run"
         self.wrapper: tuple[str, ...] = ()
         """A command that runs it, from the next start on."""
         self._process: asyncio.subprocess.Process | None = None
@@ -148,7 +149,7 @@ class Sink:
         self.config.write_text(yaml.safe_dump(self.document, sort_keys=False), encoding="utf-8")
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(*self.wrapper, *PROGRAM, "run", "--config", str(self.config), *self.arguments),
+                *(*self.wrapper, *PROGRAM, self.verb, "--config", str(self.config), *self.arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -23,7 +23,15 @@ import trustme
 from endpoint import Behaviour, Endpoint, Exchange, response
 from money import Store
 
-from proxy_usage.delivery import Courier, CourierSettings, HttpSender, Policy, RetrySettings, Transport
+from proxy_usage.delivery import (
+    Courier,
+    CourierSettings,
+    HttpSender,
+    Policy,
+    RetrySettings,
+    StoredBacklog,
+    Transport,
+)
 from proxy_usage.delivery.transport import MAX_ANSWER
 from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
@@ -106,8 +114,7 @@ async def delivering(
     store.add(*(f"t{number % TENANTS}" for number in range(EVENTS)), now_ms=clock_ms())
     courier = Courier(
         CourierSettings("billing", store.output, 100, 0, 2),
-        store.queue,
-        thread,
+        StoredBacklog(store.queue, thread),
         HttpSender(watched, Transport(url, timeout_ms=timeout_ms, concurrency=2, trust=Trust(ca_file))),
         Policy(RetrySettings(1, 8, 600_000), below=random.Random(5).randrange),
         metrics,

@@ -11,7 +11,15 @@ from pathlib import Path
 from endpoint import Endpoint, Exchange
 from money import Store
 
-from proxy_usage.delivery import Courier, CourierSettings, HttpSender, Policy, RetrySettings, Transport
+from proxy_usage.delivery import (
+    Courier,
+    CourierSettings,
+    HttpSender,
+    Policy,
+    RetrySettings,
+    StoredBacklog,
+    Transport,
+)
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.billing import Billing
 from proxy_usage.service.build import clock_ms
@@ -32,8 +40,7 @@ class Sink:
         self.couriers = {
             slot.name: Courier(
                 CourierSettings(slot.name, slot.output, 100, 0, 1 + (slot.name == "south"), late_horizon_ms),
-                self.store.queue,
-                self.thread,
+                StoredBacklog(self.store.queue, self.thread),
                 HttpSender(Billing(), Transport(urls[slot.name], timeout_ms=5_000, concurrency=2)),
                 Policy(RetrySettings(1, 8, 600_000), below=random.Random(5).randrange),
                 self.metrics,
