@@ -7,19 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from proxy_usage.config import load
-from proxy_usage.service.logs import configure_log
-from proxy_usage.service.serving import serve
+from proxy_usage.service.logs import configure_log, name_worker
 
 
-def run(config_path: Path, env: Mapping[str, str], *, restored: bool = False) -> int:
+def run(
+    config_path: Path, env: Mapping[str, str], *, restored: bool = False, worker: str | None = None
+) -> int:
     """Runs the sink with a configuration file until it is stopped. Returns the process's exit code.
 
     Args:
         restored: the store comes from a backup.
+        worker: what its supervisor tells one of several workers.
 
     Raises:
         ConfigError: the configuration has mistakes. StoreError, ListenError: it cannot start.
     """
+    if worker is not None:
+        from proxy_usage.service.worker import Part, depend_on_supervisor
+
+        part = Part.decode(worker)
+        depend_on_supervisor()
+        name_worker(part.number)
     config = load(config_path, env)
     configure_log(config.log.level, config.log.format)
-    return asyncio.run(serve(config_path, env, config, restored=restored))
+    if worker is None and config.workers > 1:
+        from proxy_usage.service.supervisor import supervise
+
+        return asyncio.run(supervise(config_path, env, config, restored=restored))
+    from proxy_usage.service.serving import serve
+
+    return asyncio.run(
+        serve(config_path, env, config, restored=restored, part=part if worker is not None else None)
+    )

@@ -10,26 +10,47 @@ from pathlib import Path
 import structlog
 
 from proxy_usage.config import Config, load
-from proxy_usage.errors import StageDied
+from proxy_usage.errors import ConfigError, StageDied
 from proxy_usage.service.build import open_storage
 from proxy_usage.service.service import Service
+from proxy_usage.service.worker import Part
 
 log = structlog.get_logger()
 
 
-async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
+async def serve(
+    path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False, part: Part | None = None
+) -> int:
     """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
-    second signal, or stopped with usage that the store did not take."""
-    storage = open_storage(config, from_backup=restored)
+    second signal, or stopped with usage that the store did not take.
+
+    Args:
+        part: set in one of several workers. No second signal forces it: whoever stops a service signals its
+            supervisor, which passes the signal on, and often every process of it besides.
+    """
+
+    def read() -> Config:
+        loaded = load(path, env)
+        if part is None:
+            return loaded
+        if loaded.workers != part.of:
+            raise ConfigError(
+                "workers cannot change while it runs; nothing was taken over",
+                hint="restart proxy-usage, or undo the change",
+            )
+        return part.config(loaded)
+
+    config = config if part is None else part.config(config)
+    storage = open_storage(config, from_backup=restored, adopts=part is None or part.number == 0)
     storage.past.tell(storage.loss)
     service: Service | None = None
     try:
-        service = Service(config, storage, reload=lambda: load(path, env))
+        service = Service(config, storage, reload=read, worker=part is not None)
         forced = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
-            (forced.set if service.stopping else service.request_stop)()
+            (forced.set if service.stopping and part is None else service.request_stop)()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
