@@ -61,8 +61,8 @@ def books(db: sqlite3.Connection, meters: Iterable[str], dimensions: Iterable[st
     for hour_ms, reason, identity, rows, text in db.execute(
         "SELECT hour_ms, reason, identity, rows, amounts FROM held"
     ):
-        amounts = {(hour_ms, reason, identity, name): size for name, size in json.loads(text).items()}
-        found["held"].update(amounts | {(hour_ms, reason, identity, "rows"): rows})
+        sizes = {(hour_ms, reason, identity, name): size for name, size in json.loads(text).items()}
+        found["held"].update(sizes | {(hour_ms, reason, identity, "rows"): rows})
     outputs = dict(db.execute("SELECT output, name FROM outputs"))
     for name, label, value in db.execute("SELECT name, label, value FROM counters"):
         if name == "unanswered":
@@ -74,8 +74,8 @@ def books(db: sqlite3.Connection, meters: Iterable[str], dimensions: Iterable[st
             found["unfinished"][tenant, text, name] += amount
     for (_, _, tenant, values, _), (_, _, *amounts) in fold_log(db).values():
         text = json.dumps(dict(zip(labels, values, strict=True)), separators=(",", ":"), sort_keys=True)
-        for name, amount in zip(names, amounts, strict=True):
-            found["unfinished"][tenant, text, name] += amount
+        for name, more in zip(names, amounts, strict=True):
+            found["unfinished"][tenant, text, name] += more
     return found
 
 
