@@ -114,7 +114,7 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
 
 
 def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
-    limits = config.listen.limits
+    limits = config.listen.limits.part(config.workers)
     return {
         "listen": {"grpc": config.listen.grpc, "streams": config.listen.streams, "http": config.listen.http},
         "rules": [str(rule.field) for rule in config.tenant.rules],
@@ -125,6 +125,7 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
             {"name": output.name, "format": output.format, "url": output.url} for output in config.outputs
         ],
         "store": str(config.store.path),
+        "workers": config.workers,
         "memory": {
             "limit": limits.memory,
             "needed": limits.needed(),
@@ -138,7 +139,7 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
 def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell]]:
     from proxy_usage.config.units import format_size
 
-    listen, limits = config.listen, config.listen.limits
+    listen, limits = config.listen, config.listen.limits.part(config.workers)
     streams = f", long streams {listen.streams}" if listen.streams else ""
     yield "listen", f"gRPC {listen.grpc}{streams}, HTTP {listen.http}"
     yield "tenants", ", then ".join(str(rule.field) for rule in config.tenant.rules)
@@ -151,11 +152,13 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())
-    held = f"limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
+    each = f"{config.workers} workers × " if config.workers > 1 else ""
+    held = f"{each}limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
     yield "memory", f"messages take at most {worst}: {held}"
     needed, new = format_size(limits.needed()), limits.new_streams
     product = f"({new} new streams + 1) × {message} + {limits.connections} connections × {window}"
-    yield "", f"senders may need {needed} of it at once: {product}"
+    of = "each worker's senders" if config.workers > 1 else "senders"
+    yield "", f"{of} may need {needed} of it at once: {product}"
     yield "samples", f"{len(config.meters)} events read by the CloudEvents SDK"
     if catalog is not None:
         yield "catalog", f"{catalog}: every meter, unit and dimension is declared"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from proxy_usage.config import load
 from proxy_usage.service.logs import configure_log, name_worker
+from proxy_usage.service.serving import serve
+from proxy_usage.service.worker import Part, depend_on_supervisor
 
 
 def run(
@@ -22,20 +24,14 @@ def run(
     Raises:
         ConfigError: the configuration has mistakes. StoreError, ListenError: it cannot start.
     """
-    if worker is not None:
-        from proxy_usage.service.worker import Part, depend_on_supervisor
-
-        part = Part.decode(worker)
+    part = None if worker is None else Part.decode(worker)
+    if part is not None:
         depend_on_supervisor()
         name_worker(part.number)
     config = load(config_path, env)
     configure_log(config.log.level, config.log.format)
-    if worker is None and config.workers > 1:
+    if part is None and config.workers > 1:
         from proxy_usage.service.supervisor import supervise
 
         return asyncio.run(supervise(config_path, env, config, restored=restored))
-    from proxy_usage.service.serving import serve
-
-    return asyncio.run(
-        serve(config_path, env, config, restored=restored, part=part if worker is not None else None)
-    )
+    return asyncio.run(serve(config_path, env, config, restored=restored, part=part))
