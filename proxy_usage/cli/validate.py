@@ -152,8 +152,9 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())
-    each = f"{config.workers} workers × " if config.workers > 1 else ""
-    held = f"{each}limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
+    held = f"limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
+    if config.workers > 1:
+        held = f"{config.workers} workers × ({held})"
     yield "memory", f"messages take at most {worst}: {held}"
     needed, new = format_size(limits.needed()), limits.new_streams
     product = f"({new} new streams + 1) × {message} + {limits.connections} connections × {window}"
