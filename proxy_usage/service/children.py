@@ -12,7 +12,8 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -23,13 +24,19 @@ from proxy_usage.service.worker import Part
 
 log = structlog.get_logger()
 
-FIRST_WAIT_S, LAST_WAIT_S = 0.5, 30.0
-STEADY_S = 60.0
-"""A worker that lived for so long was well: the next wait is a first one."""
-ASK_S = 5.0
-"""How long a worker has to answer."""
-HUNG_S = 300.0
-"""A worker that gave no answer for so long, having given some, is killed."""
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long is waited for what, in seconds."""
+
+    first_wait: float = 0.5
+    """Before the first start in place of a process that ended; then twice as long each time."""
+    last_wait: float = 30.0
+    steady: float = 60.0
+    """A process that lived for so long was well: the next wait is a first one."""
+    answer: float = 5.0
+    hung: float = 300.0
+    """A process that gave no answer for so long, having given some, is killed."""
 
 
 class Child:
@@ -39,10 +46,19 @@ class Child:
         path: the configuration file.
         store: the worker's.
         on_end: called when a process has ended.
+        program: what is run with the arguments of a worker.
     """
 
     def __init__(
-        self, part: Part, path: Path, env: Mapping[str, str], store: Path, on_end: Callable[[int], None]
+        self,
+        part: Part,
+        path: Path,
+        env: Mapping[str, str],
+        store: Path,
+        on_end: Callable[[int], None],
+        *,
+        program: Sequence[str] = (sys.executable, "-m", "proxy_usage"),
+        patience: Patience = Patience(),
     ) -> None:
         self.part = part
         self.restarts = 0
@@ -53,6 +69,7 @@ class Child:
         self.serving = asyncio.Event()
         """Set once any process of it has opened all its ports."""
         self._path, self._env, self._socket, self._on_end = path, env, socket_path(store), on_end
+        self._program, self._patience = program, patience
         self._process: asyncio.subprocess.Process | None = None
         self._answered = 0.0  # monotonic time of the last answer of this process; 0: none yet
         self._stop = asyncio.Event()
@@ -68,7 +85,8 @@ class Child:
         Returns the exit code: of a process that ended after ``stop``; of one that ended before any of them
         ever served; or 78, since a configuration with mistakes gets no better by another start.
         """
-        wait_s = FIRST_WAIT_S
+        patience = self._patience
+        wait_s = patience.first_wait
         while True:
             began = time.monotonic()
             code = await self._run(restored=restored)
@@ -76,15 +94,15 @@ class Child:
             failed = code > 0 and not self.serving.is_set()
             if self._stop.is_set() or code == 78 or failed:
                 return code
-            if time.monotonic() - began > STEADY_S or code == 0:
-                wait_s = FIRST_WAIT_S
+            if time.monotonic() - began > patience.steady or code == 0:
+                wait_s = patience.first_wait
             self.reasons = {"down": f"it ended with {describe(code)}, and is started again in {wait_s:g} s"}
             log.error("worker ended", number=self.part.number, ended=describe(code), again_in_s=wait_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait_s)
                 return 0  # there was nothing to drain
             restored = restored and not self.serving.is_set()
-            wait_s = min(2 * wait_s, LAST_WAIT_S)
+            wait_s = min(2 * wait_s, patience.last_wait)
             self.restarts += 1
 
     async def _run(self, *, restored: bool) -> int:
@@ -92,8 +110,7 @@ class Child:
         self.reasons = {"starting": "it has not answered yet"}
         more = ["--restored"] if restored else []
         self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy_usage", "run", "--config", str(self._path)),
-            *("--worker", self.part.encode(), *more),
+            *(*self._program, "run", "--config", str(self._path), "--worker", self.part.encode(), *more),
             stdin=asyncio.subprocess.PIPE,
             env=dict(self._env),
             start_new_session=True,  # Ctrl-C is for the supervisor
@@ -131,13 +148,13 @@ class Child:
         if not self.running:
             return
         try:
-            answer = await ask(self._socket, "health", ASK_S)
+            answer = await ask(self._socket, "health", self._patience.answer)
         except ProxyUsageError as error:
             if process is not self._process or not self.running:
                 return
             if self._answered:
                 self.reasons = {"silent": error.message}
-                if time.monotonic() - self._answered > HUNG_S:
+                if time.monotonic() - self._answered > self._patience.hung:
                     self._end_hung("it does not answer")
             return
         if process is not self._process or not self.running or not isinstance(answer, dict):
@@ -159,7 +176,7 @@ class Child:
         if not self.running:
             return None
         try:
-            text = await ask(self._socket, "metrics", ASK_S)
+            text = await ask(self._socket, "metrics", self._patience.answer)
         except ProxyUsageError:
             return None
         return text if isinstance(text, str) and process is self._process and self.running else None

@@ -17,14 +17,16 @@ from typing import Any
 
 import grpc.aio
 import pytest
+import yaml
 from harness import STREAM_ACCESS_LOGS, AlsClient
 from program import DEADLINE_S, Sink, eventually, intake_rows
-from wire import http_row, message
+from wire import DOWNSTREAM_END, DOWNSTREAM_PERIODIC, http_row, message
 
 from proxy_usage.config.workers import worker_path, worker_stores
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.checks import METERS
 from proxy_usage.demo.faults import Fault, Faults
+from proxy_usage.demo.listener import lease_port
 from proxy_usage.model import NS_PER_SECOND
 from proxy_usage.store.reader import Reader
 
@@ -283,3 +285,76 @@ async def test_workers_end_with_their_supervisor_and_mistakes_end_all(tmp_path: 
             assert await sink.wait() == 78
             assert not any(map(running, pids))
         fleet.check()
+
+        lock = take_lock(fleet.stores[1])
+        ended = await sink.run()
+        os.close(lock)
+        assert ended.status == 1
+        assert "usage.worker-1.db is in use by" in ended.said  # one that cannot start at first ends all
+
+
+def long_row(total: int, *, end: bool = False) -> bytes:
+    """A row of one long stream whose running totals are these; short rows have nothing of it."""
+    tags = {"project_name": LOSSY, "conn_id": "7", "dur_ms": "5000", "emit_us": "1795300000000000"}
+    kind = DOWNSTREAM_END if end else DOWNSTREAM_PERIODIC
+    row = http_row(type=kind, tags=tags, wire=(total, 2 * total), duration_ns=5 * NS_PER_SECOND)
+    return message(row, node_id="envoy-1")
+
+
+async def test_long_streams_meet_at_worker_0_and_signals_reach_all(tmp_path: Path) -> None:
+    async with BillingStandIn() as billing:
+        sink = Sink(tmp_path, url=billing.url, settings=WINDOWS | {"workers": 2})
+        streams = lease_port()
+        sink.document["listen"]["streams"] = f"127.0.0.1:{streams}"
+        sink.document["envoy"] = {"flush_interval": "1s"}
+        fleet = Fleet(sink)
+        async with sink:
+            await fleet.send_to_all()
+            for total in (100, 250, 250, 400):
+                async with Connection(streams) as connection:
+                    await connection.send(long_row(total, end=total == 400))
+            misrouted = 8
+            for _ in range(misrouted):
+                async with Connection(sink.grpc_port) as connection:
+                    await connection.send(long_row(1_000))
+            fleet.rows += 4 + misrouted
+
+            # Rules and the like reach both; another number of workers is for the next start.
+            sink.document["tenant"] = {"allow_uuid": True}
+            sink.config.write_text(yaml.safe_dump(sink.document), encoding="utf-8")
+            sink.send_signal(signal.SIGHUP)
+            await eventually(
+                lambda: workers_that(sink, "reloaded") == {0, 1}, "both took it over", why=sink.said
+            )
+            sink.config.write_text(yaml.safe_dump(sink.document | {"workers": 3}), encoding="utf-8")
+            sink.send_signal(signal.SIGHUP)
+            refused = "reload refused, the former configuration goes on"
+            await eventually(lambda: workers_that(sink, refused) == {0, 1}, "both refuse it", why=sink.said)
+            assert (await sink.metrics())["config_reload_refused"] == 1
+            sink.config.write_text(yaml.safe_dump(sink.document), encoding="utf-8")
+
+            # One worker drains, and comes back.
+            former = fleet.pids()[1]
+            os.kill(former, signal.SIGTERM)
+
+            async def back() -> bool:
+                return fleet.pids()[1] != former and not await sink.reasons()
+
+            await eventually(back, "the worker came back", why=sink.said)
+            assert workers_that(sink, "drained") == {1}
+            await fleet.send(*TENANTS)
+            await eventually(fleet.idle, "everything is settled", why=sink.said)
+            assert await sink.stop() == 0
+        fleet.check()
+        assert fleet.lost() == 0
+        sums = billing.arrived.sums()
+        assert (sums[LOSSY, REQUESTS], sums[LOSSY, INGRESS], sums[LOSSY, EGRESS]) == (1, 400, 800)
+        for tenant in TENANTS:
+            assert sums[tenant, INGRESS] == fleet.sums[tenant, INGRESS]
+        skipped = [reader.status().rows.get("skipped", {}).get("misrouted", 0) for reader in fleet.readers()]
+        assert sum(skipped) == misrouted
+
+
+def workers_that(sink: Sink, text: str) -> set[int]:
+    """Which workers logged it."""
+    return {event["worker"] for event in sink.events(text) if "worker" in event}
