@@ -52,7 +52,7 @@ GAUGES: Mapping[str, Rule] = {
     "proxy_usage_windows_open": sum,
 }
 """What a gauge's values come to, of all workers."""
-OWN = frozenset({"proxy_usage_ready"})
+OWN = frozenset({"proxy_usage_ready", "proxy_usage_workers", "proxy_usage_worker_restarts"})
 """What the supervisor says in place of its workers: one of them may not be there to say that it is not."""
 
 

@@ -40,6 +40,7 @@ from proxy_usage.config.fields import split_address
 from proxy_usage.config.workers import worker_path
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError
+from proxy_usage.metrics import SupervisorMetrics
 from proxy_usage.receiver import reserve
 from proxy_usage.service.children import Child, describe
 from proxy_usage.service.logs import configure_log
@@ -193,14 +194,11 @@ class Supervisor:
     def _own(self) -> Iterable[Metric]:
         """What only the supervisor knows."""
         registry = prometheus.CollectorRegistry()
-        ready = prometheus.Gauge("proxy_usage_ready", "1 while /readyz says yes.", registry=registry)
-        ready.set(not self.health().reasons)
+        metrics = SupervisorMetrics(registry)
+        metrics.ready.set(not self.health().reasons)
         down = sum(not child.running or "silent" in child.reasons for child in self._children)
-        gauge = prometheus.Gauge("proxy_usage_workers", "Workers by state.", ["state"], registry=registry)
-        gauge.labels(state="up").set(len(self._children) - down)
-        gauge.labels(state="down").set(down)
-        restarts = prometheus.Counter(
-            "proxy_usage_worker_restarts", "Workers started again after they ended.", registry=registry
-        )
-        restarts.inc(sum(child.restarts for child in self._children))
+        metrics.workers.labels(state="up").set(len(self._children) - down)
+        metrics.workers.labels(state="down").set(down)
+        for child in self._children:
+            metrics.restarts.labels(worker=child.part.number).inc(child.restarts)
         return registry.collect()

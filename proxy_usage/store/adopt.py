@@ -48,6 +48,11 @@ from proxy_usage.store.schema import dumps, translated
 from proxy_usage.store.streams import load_streams, merge_streams, record_size
 from proxy_usage.turn import Layout
 
+TABLES_TAKEN = (
+    "batches counters dead deliveries events held intake keys ledger log outputs stream_keys stream_log"
+    " stream_shards sums tallies ties waiting"
+)
+"""Tables whose content is taken over; of ``meta`` it is the stores that were set aside."""
 _BEGUN = "adopting/"
 _FILES = ("", *(suffix for suffix in MOVED if suffix), SUFFIX, ".reserve", ".sock")
 """What belongs to a store, the database first: once it is gone, nobody can take it for a store. The lock file

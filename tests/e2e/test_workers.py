@@ -170,7 +170,7 @@ async def kill_one(fleet: Fleet, number: int) -> None:
         return not await sink.reasons()
 
     await eventually(ready, "the worker is there again", why=sink.said)
-    assert (await sink.metrics())["worker_restarts_total"] >= 1
+    assert (await sink.metrics())[f'worker_restarts_total{{worker="{number}"}}'] >= 1
 
 
 async def drained_under_load(fleet: Fleet) -> None:

@@ -23,6 +23,7 @@ from proxy_usage.connections import Connections
 from proxy_usage.errors import ConfigError, StoreError, StoreFull, StoreLocked
 from proxy_usage.service.adopting import adopt_all
 from proxy_usage.service.build import open_storage
+from proxy_usage.store.adopt import TABLES_TAKEN
 from proxy_usage.store.connections import load_connections, merge_connections, save_connections
 from proxy_usage.store.reader import Reader
 from proxy_usage.store.salvage import SALVAGED
@@ -117,6 +118,14 @@ def test_connections_and_waiting_rows_of_both_stores_are_settled() -> None:
     assert sorted(shares(both)) == [("alpha", 50), ("beta", 50), ("gamma", 7)]
     mine.db.close()
     theirs.db.close()
+
+
+def test_every_table_is_taken_over() -> None:
+    """A new table: say in ``store/adopt.py`` how it is brought over, and try it in the property test."""
+    store = Store()
+    tables = {name for (name,) in store.db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+    store.db.close()
+    assert tables - {"meta", "sqlite_sequence"} == set(TABLES_TAKEN.split())
 
 
 # --- what is in the way -------------------------------------------------------------------------------------
