@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import signal
 from collections import Counter
@@ -123,9 +124,9 @@ class Fleet:
             assert sums.balanced, (reader.path, sums)
 
     def pids(self) -> list[int]:
-        """Of the workers, as their locks name them."""
+        """Of the workers, as their locks name them; 0 while one is being written."""
         texts = [store.with_name(store.name + ".lock").read_text() for store in self.stores]
-        return [int(text.split()[1]) for text in texts]
+        return [int(text.split()[1]) if text.endswith("\n") else 0 for text in texts]
 
 
 def running(pid: int) -> bool:
@@ -333,12 +334,20 @@ async def test_long_streams_meet_at_worker_0_and_signals_reach_all(tmp_path: Pat
             assert (await sink.metrics())["config_reload_refused"] == 1
             sink.config.write_text(yaml.safe_dump(sink.document), encoding="utf-8")
 
+            said = json.loads((await sink.cli("status", "--json")).said)
+            assert [(one["worker"], one["service"]["alive"]) for one in said["workers"]] == [
+                (0, True),
+                (1, True),
+            ]
+            assert said["balanced"] is True
+            assert "no dead letter was meant" in (await sink.cli("deadletters", "replay")).said
+
             # One worker drains, and comes back.
             former = fleet.pids()[1]
             os.kill(former, signal.SIGTERM)
 
             async def back() -> bool:
-                return fleet.pids()[1] != former and not await sink.reasons()
+                return fleet.pids()[1] not in (0, former) and not await sink.reasons()
 
             await eventually(back, "the worker came back", why=sink.said)
             assert workers_that(sink, "drained") == {1}

@@ -8,6 +8,8 @@ named step, and started again with as many workers as before or with fewer.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,10 +52,6 @@ steps = st.one_of(
     st.just(("write off",)),
 )
 histories = st.lists(steps, min_size=3, max_size=14)
-
-
-class Killed(Exception):
-    """In place of a kill: what is durable is durable, and nothing else happens."""
 
 
 class Sinks:
@@ -204,31 +202,42 @@ def lived(place: Path) -> tuple[Config, Books]:
 KINDS = ("plain", "plain", "nobody", "begun", "negative")
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Stumbling(Intake):
     """Asked for the first node, at the end of the transaction, it ends the process."""
 
     def known_as(self, node: str) -> str:
-        raise Killed(node)
+        die()
+        return node
 
 
 def killed_at(step: str, config: Config) -> None:
-    """Worker 0 starts as the only one and is killed after a step of the adoption."""
+    """Worker 0 starts as the only one, in a process of its own, and is killed after a step."""
+    child = os.fork()
+    if not child:
+        try:
+            adopt_until(step, config)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
+
+def adopt_until(step: str, config: Config) -> None:
     def passed(done: str) -> None:
         if done == step:
-            raise Killed(step)
+            die()
 
     alone = with_workers(config, 1)
     storage = open_storage(alone, adopts=False)
     intake = Stumbling(storage.intake.path) if step == "within bring" else storage.intake
     layout = Layout.of(config.meter_list(), tuple(config.dimensions), config.windows.length)
     opened: Callable[[Config], Storage] = partial(open_storage, adopts=False)
-    try:
-        with pytest.raises(Killed):
-            adopt_all(alone, storage.database, intake, layout, T0, opened, passed)
-    finally:
-        intake.close()
-        storage.close()
+    adopt_all(alone, storage.database, intake, layout, T0, opened, passed)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
