@@ -27,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import prometheus_client as prometheus
@@ -105,8 +105,9 @@ class Supervisor:
         http = await self._web.start()
         log.info("supervising", version=__version__, workers=len(self._children), grpc=self._grpc, http=http)
         looking = asyncio.create_task(self._look_on(), name="look")
+        assert self._web.guard is not None
         try:
-            return await self._keep_all(restored=restored)
+            return await self._keep_all([looking, self._web.guard], restored=restored)
         finally:
             looking.cancel()
             for child in self._children:
@@ -114,7 +115,8 @@ class Supervisor:
             await asyncio.gather(looking, return_exceptions=True)
             await self._web.stop()
 
-    async def _keep_all(self, *, restored: bool) -> int:
+    async def _keep_all(self, own: Sequence[asyncio.Task[None]], *, restored: bool) -> int:
+        """Starts, waits and ends; ``own`` are tasks of the supervisor without which it must not live on."""
         first, *others = self._children
         kept = [asyncio.create_task(first.keep(restored=restored), name="worker 0")]
         serving = asyncio.create_task(first.serving.wait())
@@ -126,13 +128,16 @@ class Supervisor:
                 asyncio.create_task(child.keep(restored=restored), name=f"worker {child.part.number}")
                 for child in others
             )
-        await asyncio.wait([stop, *kept], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop, *kept, *own], return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         fatal = 0
-        for task in kept:
-            if task.done() and not self._stop.is_set():
+        if not self._stop.is_set():
+            for task in filter(asyncio.Task.done, kept):
                 fatal = fatal or task.result() or 1
                 log.error("the service ends with its worker", name=task.get_name(), ended=describe(fatal))
+            for died in filter(asyncio.Task.done, own):
+                fatal = fatal or 1
+                log.error("the supervisor ends", stage=died.get_name(), error=repr(died.exception()))
         self._stop.set()
         for child in self._children:
             child.stop()
