@@ -61,6 +61,28 @@ class Ours:
     """Stores before this one that were set aside after the time began."""
 
 
+def combined(parts: Sequence[Ours]) -> Ours:
+    """What the ledgers of several stores have together, of the same output and time."""
+    first = parts[0]
+
+    def added(name: str) -> Counter[Any]:
+        total: Counter[Any] = Counter()
+        for part in parts:
+            total.update(getattr(part, name))
+        return total
+
+    return Ours(
+        first.output,
+        **{name: added(name) for name in ("sums", "no_route", "keys", "held", "elsewhere")},
+        whole_hours=first.whole_hours,
+        open_windows=sum(part.open_windows for part in parts),
+        # A store that is younger than the output is one of a worker that was not there before.
+        late_start="" if any(not part.late_start for part in parts) else min(p.late_start for p in parts),
+        forgotten=any(part.forgotten for part in parts),
+        set_aside=sum(part.set_aside for part in parts),
+    )
+
+
 class Line(NamedTuple):
     """One tenant and meter."""
 

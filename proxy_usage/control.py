@@ -186,6 +186,35 @@ def call(path: Path, verb: str, /, **arguments: object) -> object:
             raise ProxyUsageError(
                 f"the service went away during {verb}: {error.strerror}", hint="see its log, then ask again"
             ) from None
+    return _result(verb, line)
+
+
+async def ask(path: Path, verb: str, timeout_s: float) -> object:
+    """As ``call``, from an event loop and without arguments.
+
+    Raises:
+        NotRunning: nobody listens there.
+        ProxyUsageError: what the service raised, or that it gave no answer in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            with _address(path) as address:
+                reader, writer = await asyncio.open_unix_connection(address, limit=MAX_ANSWER)
+            try:
+                writer.write(msgspec.json.encode(_Request(verb)) + b"\n")
+                line = await reader.readline()
+            finally:
+                writer.close()
+    except TimeoutError:
+        raise ProxyUsageError(f"no answer within {timeout_s:g} s", hint="see its log") from None
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        raise NotRunning(f"no service listens on {path}", hint="see its log") from None
+    except (OSError, ValueError) as error:
+        raise ProxyUsageError(f"{path} cannot be asked: {error}", hint="see its log") from None
+    return _result(verb, line)
+
+
+def _result(verb: str, line: bytes) -> object:
     try:
         answer = msgspec.json.decode(line, type=_Answer)
     except msgspec.MsgspecError:

@@ -49,6 +49,12 @@ class Loss(NamedTuple):
     on from."""
 
 
+def together(one: Loss, other: Loss) -> Loss:
+    """What two processes lost."""
+    rows = {node: one.rows.get(node, 0) + other.rows.get(node, 0) for node in {**one.rows, **other.rows}}
+    return one._replace(rows=rows, unknown=tuple(dict.fromkeys((*one.unknown, *other.unknown))))
+
+
 class Intake:
     """The open file. One process at a time: whoever holds the store's lock.
 
@@ -95,6 +101,19 @@ class Intake:
             slot = self._slot(node)
         self._counts[slot] += rows
         self._write(slot)
+
+    def known_as(self, node: str) -> str:
+        """How a node's rows are counted: by its name, or with those of the others past the bound."""
+        self._slot(node)
+        name = label(node)
+        return name if name in self._slots else OTHERS
+
+    def raise_to(self, stored: Mapping[str, int]) -> None:
+        """Lets no count be below the stored one: rows of another store that was taken over."""
+        counts = self.counts()
+        for name, rows in stored.items():
+            if rows > counts.get(name, 0):
+                self.add(name, rows - counts.get(name, 0))
 
     def _write(self, slot: int, name: str | None = None) -> None:
         """Writes a count, and the name of its node where it is given.

@@ -25,6 +25,22 @@ DEAD_LETTER_REASONS = frozenset(
 )
 
 
+class SupervisorMetrics:
+    """What the supervisor of several workers says itself; a single process says whether it is ready."""
+
+    def __init__(self, registry: prometheus.CollectorRegistry) -> None:
+        self.ready = prometheus.Gauge("proxy_usage_ready", "1 while /readyz says yes.", registry=registry)
+        self.workers = prometheus.Gauge(
+            "proxy_usage_workers", "Workers by state: up, down.", ["state"], registry=registry
+        )
+        self.restarts = prometheus.Counter(
+            "proxy_usage_worker_restarts",
+            "Starts in place of a worker that ended.",
+            ["worker"],
+            registry=registry,
+        )
+
+
 class Metrics:
     """The process's metrics in a registry of their own, so that two can live in one test.
 
@@ -137,7 +153,7 @@ class Metrics:
         self.reload_refused = gauge(
             "config_reload_refused", "1 while the configuration file holds what was not taken over."
         )
-        self.ready = gauge("ready", "1 while /readyz says yes.")
+        self.ready = SupervisorMetrics(self.registry).ready
         self.stage_beat = gauge("stage_beat_seconds", "Time since a stage last showed life.", "stage")
         self.info = gauge("build_info", "Version and the fold that runs.", "version", "fold")
 

@@ -44,7 +44,7 @@ OPEN, ENDED, EXPIRED = range(3)
 TCP = 4
 """Bit beside the state: the stream is a TCP connection, which is no request."""
 
-_HEAD = struct.Struct("<qIB")  # last seen in ms, number of the key, state
+HEAD = struct.Struct("<qIB")  # last seen in ms, number of the key, state; digest before, totals behind it
 _STREAM = struct.Struct("<IIIIq")  # lengths of what follows, start in ns
 
 
@@ -125,7 +125,7 @@ class Streams:
     ) -> None:
         self._count = len(quantities)
         self._requests = tuple(i for i, quantity in enumerate(quantities) if quantity is Quantity.REQUESTS)
-        self._record = struct.Struct(f"{_HEAD.format}{self._count}Q")  # … and the highest totals
+        self._record = struct.Struct(f"{HEAD.format}{self._count}Q")  # … and the highest totals
         self._silence_ms = interval_ms * expire
         self._limit = limit
         self._reserve = limit // RESERVE
@@ -210,7 +210,7 @@ class Streams:
             seen += len(shard)
             moving = []
             for digest, packed in shard.items():
-                last_ms, _, state = _HEAD.unpack_from(packed)
+                last_ms, _, state = HEAD.unpack_from(packed)
                 silent_ms = now_ms - last_ms
                 if silent_ms <= self._silence_ms:
                     continue
@@ -279,7 +279,7 @@ class Streams:
         self._keys.restore(saved.keys)
         for record in saved.records:
             self._shards[record[0]][record[:DIGEST]] = record[DIGEST:]
-            self._keys.refer(_HEAD.unpack_from(record, DIGEST)[1])
+            self._keys.refer(HEAD.unpack_from(record, DIGEST)[1])
         self._size = len(saved.records)
 
     def _put(self, digest: bytes, packed: bytes) -> None:
@@ -304,7 +304,7 @@ class Streams:
 
     def _forget(self, digest: bytes) -> None:
         packed = self._shards[digest[0]].pop(digest)
-        self._keys.swap(_HEAD.unpack_from(packed)[1], None)
+        self._keys.swap(HEAD.unpack_from(packed)[1], None)
         self._size -= 1
         self._changed.pop(digest, None)
         self._forgotten.add(digest)
@@ -386,9 +386,9 @@ def rearranged(record: bytes, columns: Sequence[int | None], numbers: Mapping[in
             booked from the stream's beginning.
         numbers: the keys' new numbers by their old ones.
     """
-    last_ms, number, state = _HEAD.unpack_from(record, DIGEST)
-    at = DIGEST + _HEAD.size
+    last_ms, number, state = HEAD.unpack_from(record, DIGEST)
+    at = DIGEST + HEAD.size
     totals = struct.unpack_from(f"<{(len(record) - at) // 8}Q", record, at)
     kept = [0 if column is None else totals[column] for column in columns]
-    head = _HEAD.pack(last_ms, numbers.get(number, 0), state)
+    head = HEAD.pack(last_ms, numbers.get(number, 0), state)
     return record[:DIGEST] + head + struct.pack(f"<{len(kept)}Q", *kept)

@@ -17,7 +17,6 @@ from typing import Protocol
 from aiohttp import web
 
 from proxy_usage.errors import ListenError
-from proxy_usage.metrics import Metrics
 
 MAX_CONNECTIONS = 64
 MAX_LINE = 4_096
@@ -48,6 +47,14 @@ class Token(Protocol):
         ...
 
 
+class Exposition(Protocol):
+    """What there is to scrape."""
+
+    def exposition(self) -> bytes:
+        """The text."""
+        ...
+
+
 class Web:
     """The HTTP listener.
 
@@ -62,9 +69,9 @@ class Web:
         host: str,
         port: int,
         *,
-        metrics: Metrics,
+        metrics: Exposition,
         health: Callable[[], Health],
-        refresh: Callable[[], None],
+        refresh: Callable[[], Awaitable[None] | None],
         token: Token | None = None,
         request_s: float = REQUEST_S,
         answer_s: float = ANSWER_S,
@@ -171,7 +178,8 @@ class Web:
         return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
 
     async def _scrape(self, _request: web.Request) -> web.Response:
-        self._refresh()
+        if (gathering := self._refresh()) is not None:
+            await gathering
         return web.Response(
             body=self._metrics.exposition(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},

@@ -47,9 +47,9 @@ def compare(
     Differences are ours less theirs; known ones are named. Times are RFC 3339 and begin windows. Exit code 0
     if all is equal, 1 if not. Without --output the ledger is that of the output that was added first.
     """
-    from proxy_usage.comparison import Theirs
+    from proxy_usage.cli.stores import Readers, opened
+    from proxy_usage.comparison import Theirs, combined
     from proxy_usage.comparison import compare as compared
-    from proxy_usage.store.reader import Reader
 
     loaded = load_config(config)
     from_ms, to_ms = _time("--from", from_, loaded), _time("--to", to, loaded)
@@ -60,8 +60,11 @@ def compare(
     if not outputs:
         raise UsageError("no output is configured", hint="name one of the store's by --output")
     theirs = Theirs(meters, from_ms, to_ms)
-    with Reader(loaded.store.path) as reader:
-        ours = reader.period(outputs, from_ms, to_ms, _route(loaded))
+    with opened(loaded) as stores:
+        first = stores.readers[0].period(outputs, from_ms, to_ms, _route(loaded))
+        others = Readers({worker: reader for worker, reader in stores.readers.items() if worker})
+        rest = others.each(lambda reader: reader.period([first.output], from_ms, to_ms, _route(loaded)))
+        ours = combined([first, *rest.values()])
     _read(theirs, events, csv, loaded)
     found = compared(meters, theirs, ours)
     if as_json:

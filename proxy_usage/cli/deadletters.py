@@ -25,6 +25,7 @@ from proxy_usage.cli.show import Cell, emit, moment, plain, table
 from proxy_usage.errors import ProxyUsageError, UsageError
 
 if TYPE_CHECKING:
+    from proxy_usage.store.reader import Reader
     from proxy_usage.store.views import DeadLetter
 
 NONE_MEANT = "no dead letter was meant"
@@ -49,12 +50,12 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List dead letters with the reason and the endpoint's answer."""
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
 
-    with Reader(load_config(config).store.path) as reader:
-        letters = reader.dead_letters(output, reason, limit)
+    with opened(load_config(config)) as stores:
+        letters = stores.listed(lambda reader: reader.dead_letters(output, reason, limit), limit)
     if as_json:
-        emit({"deadletters": letters})
+        emit({"deadletters": [plain(one) | stores.mark(worker) for worker, one in letters]})
         return
     rows: list[dict[str, Cell]] = [
         {
@@ -67,8 +68,9 @@ def ls(
             "since": moment(one.at_ms),
             "reason": one.reason,
             "answer": one.answer,
+            **stores.mark(worker),
         }
-        for one in letters
+        for worker, one in letters
     ]
     table(rows, empty="there are no dead letters")
 
@@ -112,11 +114,18 @@ def replay(
             loaded,
             "deadletters.redate",
             asked | {"accept_duplicates": accept_duplicates},
-            lambda repairs: repairs.redate(output, wanted, reason, accept_duplicates=accept_duplicates),
+            lambda repairs, some: repairs.redate(output, some, reason, accept_duplicates=accept_duplicates),
+            ids=wanted,
+            knows=_knows,
         )
     else:
         done = repaired(
-            loaded, "deadletters.replay", asked, lambda repairs: repairs.replay(output, wanted, reason)
+            loaded,
+            "deadletters.replay",
+            asked,
+            lambda repairs, some: repairs.replay(output, some, reason),
+            ids=wanted,
+            knows=_knows,
         )
     counts = done.counts
     if as_json:
@@ -145,10 +154,15 @@ def export(
 
     They stay in the store. A file that is there is replaced once the new one is complete.
     """
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
 
-    with Reader(load_config(config).store.path) as reader:
-        lines = (_line(letter, body) for letter, body in reader.letters(output, reason))
+    with opened(load_config(config)) as stores:
+        having = stores.each(lambda reader: reader.dead_letters(output, reason, 1))
+        lines = (
+            _line(letter, body, stores.mark(worker))
+            for worker in having
+            for letter, body in stores.readers[worker].letters(output, reason)
+        )
         if file == "-":
             for line in lines:
                 print(line)
@@ -157,13 +171,17 @@ def export(
     print(f"{count} dead letters are in {file}")
 
 
-def _line(letter: DeadLetter, body: bytes) -> str:
+def _knows(reader: Reader, event_id: str) -> bool:
+    return reader.event(event_id) is not None
+
+
+def _line(letter: DeadLetter, body: bytes, mark: dict[str, int]) -> str:
     """``event`` is the CloudEvent; ``body`` stands for it, in base 64, where the stored bytes are no JSON."""
     try:
         event = {"event": json.loads(body)}
     except ValueError:
         event = {"body": base64.b64encode(body).decode()}
-    return json.dumps(plain(letter) | event, separators=(",", ":"))
+    return json.dumps(plain(letter) | mark | event, separators=(",", ":"))
 
 
 def _write(path: Path, lines: Iterable[str]) -> int:

@@ -29,7 +29,7 @@ def retire(
     The ledger keeps what it was, as retired. There is no way back: `deadletters export` first.
     """
     done = repaired(
-        load_config(config), "outputs.retire", {"name": name}, lambda repairs: repairs.retire(name)
+        load_config(config), "outputs.retire", {"name": name}, lambda repairs, _: repairs.retire(name)
     )
     count = done.counts.get("retired", 0)
     if as_json:

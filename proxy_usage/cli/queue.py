@@ -35,15 +35,21 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List events that wait, and the batches that are sent again."""
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
 
     if ambiguous:
         _ambiguous(config, output, limit, as_json)
         return
-    with Reader(load_config(config).store.path) as reader:
-        events, batches = reader.queue(output, limit), reader.batches(output, limit)
+    with opened(load_config(config)) as stores:
+        events = stores.listed(lambda reader: reader.queue(output, limit), limit)
+        batches = stores.listed(lambda reader: reader.batches(output, limit), limit)
     if as_json:
-        emit({"events": events, "batches": batches})
+        emit(
+            {
+                "events": [plain(one) | stores.mark(worker) for worker, one in events],
+                "batches": [plain(one) | stores.mark(worker) for worker, one in batches],
+            }
+        )
         return
     waiting: list[dict[str, Cell]] = [
         {
@@ -55,8 +61,9 @@ def ls(
             "window": moment(one.window_ms),
             "state": one.state,
             "attempts": one.attempts,
+            **stores.mark(worker),
         }
-        for one in events
+        for worker, one in events
     ]
     table(waiting, empty="nothing waits")
     if batches:
@@ -70,19 +77,20 @@ def ls(
             "first sent": moment(one.first_attempt_ms),
             "not before": moment(one.not_before_ms),
             "answer": one.answer,
+            **stores.mark(worker),
         }
-        for one in batches
+        for worker, one in batches
     ]
     table(again)
 
 
 def _ambiguous(config: ConfigOption, output: str | None, limit: int, as_json: bool) -> None:
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
 
-    with Reader(load_config(config).store.path) as reader:
-        found = reader.ambiguous(output, limit)
+    with opened(load_config(config)) as stores:
+        found = stores.listed(lambda reader: reader.ambiguous(output, limit), limit)
     if as_json:
-        emit({"ambiguous": found})
+        emit({"ambiguous": [plain(one) | stores.mark(worker) for worker, one in found]})
         return
     rows: list[dict[str, Cell]] = [
         {
@@ -93,8 +101,9 @@ def _ambiguous(config: ConfigOption, output: str | None, limit: int, as_json: bo
             "value": one.value,
             "window": moment(one.window_ms),
             "delivered": moment(one.at_ms),
+            **stores.mark(worker),
         }
-        for one in found
+        for worker, one in found
     ]
     table(rows, empty="nothing was delivered that may have been stored before")
 
@@ -111,11 +120,12 @@ def show_event(event_id: str, config: ConfigOption, as_json: bool) -> None:
     Raises:
         UsageError: the store does not know it. DecodeError: what it stored is not a CloudEvent.
     """
+    from proxy_usage.cli.stores import opened
     from proxy_usage.samples import read_event
-    from proxy_usage.store.reader import Reader
 
-    with Reader(load_config(config).store.path) as reader:
-        view = reader.event(event_id)
+    with opened(load_config(config)) as stores:
+        views = stores.each(lambda reader: reader.event(event_id))
+    view = next((one for one in views.values() if one is not None), None)
     if view is None:
         raise UsageError(
             f"the store knows no event {event_id}",

@@ -69,6 +69,8 @@ def record(
         return
     ended = {"time": "time is up", "size": "it is as large as it may be", "stopped": "stopped"}
     print(f"{answer['messages']} messages, {size(answer['bytes'])}, in {path} ({ended.get(answer['ended'])})")
+    if loaded.workers > 1:
+        print(f"it is what came to worker 0 of {loaded.workers}")
     if left_out:
         print(f"{left_out} rows that cannot be read were left out: nobody can say what they tell")
     print(f"see what becomes of them: proxy-usage explain {path}")

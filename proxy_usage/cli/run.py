@@ -19,6 +19,7 @@ def run(
             help="The store comes from a backup: what waits in it becomes dead letters, to be decided on.",
         ),
     ] = False,
+    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
 ) -> None:
     """Run the sink until it is stopped.
 
@@ -26,4 +27,4 @@ def run(
     """
     from proxy_usage.service import run as serve
 
-    raise typer.Exit(serve(config_file(config), os.environ, restored=restored))
+    raise typer.Exit(serve(config_file(config), os.environ, restored=restored, worker=worker))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
@@ -17,25 +19,24 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
     Works beside a running service, which is then asked as well, and without one. Amounts are base units.
     """
-    from proxy_usage.control import NotRunning, call, socket_path
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
+    from proxy_usage.store.total import total_conservation, total_status
 
     loaded = load_config(config)
-    with Reader(loaded.store.path) as reader:
-        found, sums = reader.status(), reader.conservation()
-    try:
-        service = call(socket_path(loaded.store.path), "status")
-    except NotRunning:
-        service = None
+    with opened(loaded) as stores:
+        each = stores.each(lambda reader: (reader.status(), reader.conservation()))
+    found = total_status([status for status, _ in each.values()])
+    sums = total_conservation([conservation for _, conservation in each.values()])
+    services = {worker: _asked(Path(status.path)) for worker, (status, _) in each.items()}
     if as_json:
-        meters = [{**plain(terms), "difference": terms.difference} for terms in found.meters]
-        emit({**plain(found), "meters": meters, "balanced": sums.balanced, "service": service})
+        emit(_as_data(found, sums, services[0]) | _workers(each, services, several=stores.several))
         return
     facts(
         [
             ("store", f"{found.path} ({size(found.sizes['database'])}, schema {found.schema_version})"),
-            ("space", _space(found, loaded.store.max_bytes, service)),
-            *_service(service),
+            ("stores", f"{len(each)}, of workers; all figures are of all of them" if len(each) > 1 else None),
+            ("space", _space(found, loaded.store.max_bytes, services.values())),
+            *(line for worker, one in services.items() for line in _service(one, worker, loaded.workers)),
             ("rows", _rows(found)),
             ("open windows", found.open_windows),
             ("unattributed", found.unattributed),
@@ -57,13 +58,45 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     )
 
 
-def _service(answer: Any) -> list[tuple[str, Cell]]:
-    """What a running service says of itself."""
+def _asked(store: Path) -> object:
+    """What the process that owns a store says of itself; None: there is none."""
+    from proxy_usage.control import NotRunning, call, socket_path
+
+    try:
+        return call(socket_path(store), "status")
+    except NotRunning:
+        return None
+
+
+def _as_data(found: Status, sums: Conservation, service: object) -> dict[str, Any]:
+    meters = [{**plain(terms), "difference": terms.difference} for terms in found.meters]
+    return {**plain(found), "meters": meters, "balanced": sums.balanced, "service": service}
+
+
+def _workers(
+    each: Mapping[int, tuple[Status, Conservation]], services: Mapping[int, object], *, several: bool
+) -> dict[str, Any]:
+    """Each worker by itself, where there are several."""
+    if not several:
+        return {}
+    return {
+        "workers": [
+            {"worker": worker, **_as_data(status, sums, services[worker])}
+            for worker, (status, sums) in each.items()
+        ]
+    }
+
+
+def _service(answer: Any, worker: int, workers: int) -> list[tuple[str, Cell]]:
+    """What a running service, or a worker of it, says of itself."""
+    name = "service" if workers == 1 and worker == 0 else f"worker {worker}"
+    if worker >= workers:
+        return [(name, "is configured no more: worker 0 takes its store over at the next start")]
     if not isinstance(answer, dict):
-        return [("service", "not running" if answer is None else str(answer))]
+        return [(name, "not running" if answer is None else str(answer))]
     reasons = answer.get("reasons") or {}
     state = "ready" if not reasons else "not ready"
-    lines: list[tuple[str, Cell]] = [("service", f"running, {state}, version {answer.get('version', '?')}")]
+    lines: list[tuple[str, Cell]] = [(name, f"running, {state}, version {answer.get('version', '?')}")]
     lines.extend(("", f"{name}: {reason}") for name, reason in reasons.items())
     lines.extend(("remark", remark) for remark in (answer.get("remarks") or {}).values())
     if answer.get("config_error"):
@@ -71,14 +104,15 @@ def _service(answer: Any) -> list[tuple[str, Cell]]:
     return lines
 
 
-def _space(found: Status, limit: int, service: Any) -> str:
+def _space(found: Status, limit: int, services: Iterable[Any]) -> str:
     """What the store takes of what it may, and what is done about it."""
     parts = ("database", "log", "reserve")
     taken = ", ".join(f"{part} {size(found.sizes[part])}" for part in parts)
     text = f"{size(sum(found.sizes[part] for part in parts))} of {size(limit)} ({taken})"
-    space = service.get("space") if isinstance(service, dict) else None
-    pressure = space.get("pressure") if isinstance(space, dict) else None
-    return text if pressure in (None, "none") else f"{text}; short of room: {pressure}"
+    spaces = [service.get("space") for service in services if isinstance(service, dict)]
+    pressures = [space.get("pressure") for space in spaces if isinstance(space, dict)]
+    short = [pressure for pressure in pressures if pressure not in (None, "none")]
+    return f"{text}; short of room: {', '.join(short)}" if short else text
 
 
 def _lost(found: Status, node: str) -> str:

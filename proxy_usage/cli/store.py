@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ def _group() -> None:
 @store.command("check")
 def check(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="The file; else the configured store.")
+        Path | None, typer.Argument(metavar="[FILE]", help="The file; else all workers' stores.")
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -33,15 +33,24 @@ def check(
 
     Changes nothing, works beside a running service, and on files that were set aside.
     """
+    from proxy_usage.cli.stores import store_paths
     from proxy_usage.store.check import check_file
 
-    found = check_file(file if file is not None else load_config(config).store.path)
+    paths = [file] if file is not None else list(store_paths(load_config(config)).values())
+    found = [check_file(path) for path in paths]
     if as_json:
-        balanced = None if found.conservation is None else found.conservation.balanced
-        emit({**plain(found), "sound": found.sound, "balanced": balanced})
+        emit(_as_data(found[0]) if len(found) == 1 else {"stores": [_as_data(one) for one in found]})
     else:
-        _show(found)
-    raise typer.Exit(0 if found.sound else 1)
+        for number, one in enumerate(found):
+            if number:
+                print()
+            _show(one)
+    raise typer.Exit(0 if all(one.sound for one in found) else 1)
+
+
+def _as_data(found: Checked) -> dict[str, Any]:
+    balanced = None if found.conservation is None else found.conservation.balanced
+    return {**plain(found), "sound": found.sound, "balanced": balanced}
 
 
 def _show(found: Checked) -> None:

@@ -20,18 +20,21 @@ unattributed = typer.Typer(help="Usage that has no tenant.", no_args_is_help=Tru
 @unattributed.command("ls")
 def ls(config: ConfigOption = None, limit: LimitOption = 100, as_json: JsonOption = False) -> None:
     """List what is held: per UTC hour, reason and raw identity."""
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
 
     loaded = load_config(config)
-    with Reader(loaded.store.path) as reader:
-        held = reader.unattributed(limit)
+    with opened(loaded) as stores:
+        held = stores.listed(lambda reader: reader.unattributed(limit), limit)
     plan = loaded.fold_plan()
-    shown = [_shown(one, plan) for one in held]
+    shown = [_shown(one, plan) | stores.mark(worker) for worker, one in held]
     if as_json:
         emit({"unattributed": shown})
         return
-    meters = list(dict.fromkeys(name for one in held for name in one.amounts))
-    table([_row(one, meters) for one in shown], empty="nothing is held")
+    meters = list(dict.fromkeys(name for _, one in held for name in one.amounts))
+    rows = [
+        {**_row(one, meters), **stores.mark(worker)} for (worker, _), one in zip(held, shown, strict=True)
+    ]
+    table(rows, empty="nothing is held")
 
 
 @unattributed.command("replay")
@@ -59,7 +62,9 @@ def replay(
         load_config(config),
         "unattributed.replay",
         {"ids": wanted, "reason": reason, "redate": redate},
-        lambda repairs: repairs.release(wanted, reason, redate=redate),
+        lambda repairs, some: repairs.release(some, reason, redate=redate),
+        ids=wanted,
+        knows=lambda reader, one: reader.holds(one),
         minting=True,
     )
     counts = done.counts

@@ -124,7 +124,7 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
 
 
 def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
-    limits = config.listen.limits
+    limits = config.listen.limits.part(config.workers)
     return {
         "listen": {"grpc": config.listen.grpc, "streams": config.listen.streams, "http": config.listen.http},
         "rules": [str(rule.field) for rule in config.tenant.rules],
@@ -141,6 +141,7 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
             for output in config.outputs
         ],
         "store": str(config.store.path),
+        "workers": config.workers,
         "memory": {
             "limit": limits.memory,
             "needed": limits.needed(),
@@ -158,7 +159,7 @@ def _place(output: OutputConfig) -> str | None:
 def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell]]:
     from proxy_usage.config.units import format_size
 
-    listen, limits = config.listen, config.listen.limits
+    listen, limits = config.listen, config.listen.limits.part(config.workers)
     streams = f", long streams {listen.streams}" if listen.streams else ""
     yield "listen", f"gRPC {listen.grpc}{streams}, HTTP {listen.http}"
     yield "tenants", ", then ".join(str(rule.field) for rule in config.tenant.rules)
@@ -174,10 +175,13 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())
     held = f"limit {format_size(limits.memory)}, an eighth more, and one message of {message}"
+    if config.workers > 1:
+        held = f"{config.workers} workers × ({held})"
     yield "memory", f"messages take at most {worst}: {held}"
     needed, new = format_size(limits.needed()), limits.new_streams
     product = f"({new} new streams + 1) × {message} + {limits.connections} connections × {window}"
-    yield "", f"senders may need {needed} of it at once: {product}"
+    of = "each worker's senders" if config.workers > 1 else "senders"
+    yield "", f"{of} may need {needed} of it at once: {product}"
     yield "samples", f"{len(config.meters)} events read by the CloudEvents SDK"
     if catalog is not None:
         yield "catalog", f"{catalog}: every meter, unit and dimension is declared"

@@ -132,14 +132,19 @@ def _limits(config: Config) -> Iterator[Finding]:
             f"{window} is not between 16KiB and 16777215 bytes, as HTTP/2 demands",
             "use 1MiB",
         )
-    if sound and limits.needed() > limits.memory:
+    part = limits.part(config.workers)
+    if sound and part.needed() > part.memory:
+        of = f" of each of {config.workers} workers" if config.workers > 1 else ""
         yield Finding(
             (*place, "memory"),
-            f"{format_size(limits.memory)} is less than the {format_size(limits.needed())} that senders may"
-            f" need at once: ({limits.new_streams} new_streams + 1) × {message} message"
+            f"{format_size(part.memory)}{of} is less than the {format_size(part.needed())} that senders may"
+            f" need at once: ({part.new_streams} new_streams + 1) × {message} message"
             f" + {limits.connections} connections × {window} window",
-            "raise memory, or lower one of the four",
-            concerns=tuple((*place, name) for name in ("new_streams", "message", "connections", "window")),
+            "raise memory, or lower one of the others",
+            concerns=(
+                *((*place, name) for name in ("new_streams", "message", "connections", "window")),
+                ("workers",),
+            ),
         )
     if limits.headers > 1 << 20:
         yield Finding((*place, "headers"), "is more than any sender needs", "use 16KiB; at most 1MiB")
@@ -339,9 +344,22 @@ def _forward(config: Config) -> Iterator[Finding]:
 
 
 def _workers(config: Config) -> Iterator[Finding]:
-    if config.workers > 1:
+    """What several processes cannot do apart: the kernel gives a connection to whichever it likes."""
+    if config.workers == 1:
+        return
+    envoy, place = config.envoy, ("workers",)
+    if envoy.flush_interval is not None and envoy.long_streams == "here" and config.listen.streams is None:
         yield Finding(
-            ("workers",),
-            f"{config.workers} workers are not supported by this version",
-            "write 1; run more instances with stores of their own to share the load",
+            place,
+            f"{config.workers} workers share listen.grpc, but rows of a long stream must meet at one",
+            "set listen.streams, which worker 0 alone serves, or envoy.long_streams: elsewhere",
+            concerns=(("envoy", "flush_interval"), ("envoy", "long_streams"), ("listen", "streams")),
         )
+    for name, meter in config.meters.items():
+        if name == "connection_seconds" and meter.count == "connections":
+            yield Finding(
+                place,
+                f"{config.workers} workers share listen.grpc, but rows of a connection must meet at one",
+                "write 1, or another meters.connection_seconds.count",
+                concerns=(("meters", name, "count"),),
+            )

@@ -99,6 +99,11 @@ class LimitsConfig(Section):
     identities: Count = 100_000
     """Distinct identities of one node within an hour; usage of further ones is held."""
 
+    def part(self, workers: int) -> LimitsConfig:
+        """The bounds of one of so many workers: what memory may take is divided among them."""
+        divided = {"memory": self.memory // workers, "new_streams": max(1, self.new_streams // workers)}
+        return self.model_copy(update=divided)
+
     def needed(self) -> int:
         """Bytes that senders may need at once: every place for new streams taken by the largest message, one
         more that is being handed over, and a window for each connection."""
@@ -304,7 +309,8 @@ class Config(Section):
     """Set for `proxy-usage forward` alone, which needs nothing else but one output."""
     audit: AuditConfig = AuditConfig()
     log: LogConfig = LogConfig()
-    workers: Whole = Field(default=1, ge=1)
+    workers: Whole = Field(default=1, ge=1, le=64)
+    """Processes that share listen.grpc, each with a store of its own beside store.path."""
 
     def meter_list(self) -> tuple[Meter, ...]:
         """The meters in the order written."""
@@ -338,9 +344,9 @@ class Config(Section):
 
     def worst_case_memory(self) -> int:
         """Bytes that messages take at most: unfinished ones, an eighth more for what arrives before somebody
-        looks again, and the one that is being handed over."""
-        limits = self.listen.limits
-        return limits.memory + limits.memory // 8 + limits.message
+        looks again, and the one that is being handed over; of all workers together."""
+        limits = self.listen.limits.part(self.workers)
+        return self.workers * (limits.memory + limits.memory // 8 + limits.message)
 
 
 def _quantity(name: str, meter: MeterConfig) -> Quantity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from dataclasses import dataclass
 
@@ -26,13 +25,15 @@ class ReceiverLimits:
     connections: int = 256
     streams_per_connection: int = 16
     connection_age_ms: int = 3_600_000
+    shared: bool = False
+    """Other workers of the same service listen on the port, too."""
 
 
 def options(limits: ReceiverLimits) -> list[tuple[str, int]]:
     """gRPC's options of a server."""
     return [
         # By default a second process on the port silently takes half of the connections.
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(limits.shared)),
         # Probing lets every busy sender park megabytes here; a fixed window bounds memory.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", limits.window),
@@ -56,15 +57,43 @@ def options(limits: ReceiverLimits) -> list[tuple[str, int]]:
     ]
 
 
-def check_free(host: str, port: int) -> None:
-    """Raises ListenError, which says why a port cannot be had; gRPC itself only says that it cannot."""
+def check_free(host: str, port: int, *, shared: bool = False) -> None:
+    """Raises ListenError, which says why a port cannot be had; gRPC itself only says that it cannot.
+
+    Args:
+        shared: others that share it may have it.
+    """
+    _bound(host, port, shared=shared).close()
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A free port that from now on is taken, but for those who share it. It lasts until the socket is closed.
+
+    The socket does not listen, so the kernel gives it no connections; but nobody else who wants the port for
+    himself, a second service among them, gets it.
+
+    Raises:
+        ListenError: somebody has it, whether he would share it or not.
+    """
+    check_free(host, port)
+    try:
+        # Not as one whose address may be used again: whoever asks for that would get it beside this one.
+        return _bound(host, port, again=False, shared=True)
+    except ListenError:  # connections of a former process are still being forgotten
+        return _bound(host, port, shared=True)
+
+
+def _bound(host: str, port: int, *, again: bool = True, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ListenError(
-                f"cannot listen on {host}:{port}: {error.strerror}",
-                hint="a second proxy-usage may have the port: stop it or change listen.grpc",
-            ) from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(again))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ListenError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint="a second proxy-usage may have the port: stop it or change listen.grpc",
+        ) from None
+    return bound

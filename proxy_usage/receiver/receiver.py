@@ -160,7 +160,7 @@ class Receiver:
                 self._health.handler(),
             )
         )
-        check_free(self._host, self.port)
+        check_free(self._host, self.port, shared=self._limits.shared)
         address = f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
         try:
             if self._credentials is None:

@@ -9,19 +9,27 @@ from pathlib import Path
 from proxy_usage.config import load
 from proxy_usage.errors import ConfigError
 from proxy_usage.service.forwarding import serve_forwarder
-from proxy_usage.service.logs import configure_log
+from proxy_usage.service.logs import configure_log, name_worker
 from proxy_usage.service.serving import serve
+from proxy_usage.service.worker import Part, depend_on_supervisor
 
 
-def run(config_path: Path, env: Mapping[str, str], *, restored: bool = False) -> int:
+def run(
+    config_path: Path, env: Mapping[str, str], *, restored: bool = False, worker: str | None = None
+) -> int:
     """Runs the sink with a configuration file until it is stopped. Returns the process's exit code.
 
     Args:
         restored: the store comes from a backup.
+        worker: what its supervisor tells one of several workers.
 
     Raises:
         ConfigError: the configuration has mistakes. StoreError, ListenError: it cannot start.
     """
+    part = None if worker is None else Part.decode(worker)
+    if part is not None:
+        depend_on_supervisor()
+        name_worker(part.number)
     config = load(config_path, env)
     if config.forward is not None:
         raise ConfigError(
@@ -29,7 +37,11 @@ def run(config_path: Path, env: Mapping[str, str], *, restored: bool = False) ->
             hint="start it with proxy-usage forward, or remove the section",
         )
     configure_log(config.log.level, config.log.format)
-    return asyncio.run(serve(config_path, env, config, restored=restored))
+    if part is None and config.workers > 1:
+        from proxy_usage.service.supervisor import supervise
+
+        return asyncio.run(supervise(config_path, env, config, restored=restored))
+    return asyncio.run(serve(config_path, env, config, restored=restored, part=part))
 
 
 def forward(config_path: Path, env: Mapping[str, str]) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 from proxy_usage.admission import Admission, SanPattern
 from proxy_usage.attribution import Attributor
@@ -20,13 +20,14 @@ from proxy_usage.decode import EnvoySettings, Fold, SkipTest, Split
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ConfigError
 from proxy_usage.events import Mint
-from proxy_usage.intake import Intake, Loss
+from proxy_usage.intake import Intake, Loss, together
 from proxy_usage.metrics import Metrics
 from proxy_usage.model import Meter, Origin, Quantity
 from proxy_usage.nodes import Nodes
 from proxy_usage.pipeline import Pipeline, Port
 from proxy_usage.receiver import Receiver, ReceiverLimits, Room, RoomLimits, Sink, Tap, TlsFiles
 from proxy_usage.samples import check_formats, check_samples
+from proxy_usage.service.adopting import adopt_all, go_on
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.opening import Past, crash_loss, learn, recover, salvages
 from proxy_usage.service.repairs import Repairs
@@ -111,13 +112,14 @@ def build_attributor(config: Config) -> Attributor:
     return Attributor(config.tenant, config.dimensions)
 
 
-def open_storage(config: Config, *, from_backup: bool = False) -> Storage:
+def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = True) -> Storage:
     """Opens the store, finds out what a crash lost, and closes what was open under another layout.
 
     A file that is damaged or not ours is set aside, and a fresh store opened.
 
     Args:
         from_backup: what waits becomes dead letters, since it may have been sent after the backup was made.
+        adopts: it takes over the stores of workers that are no longer configured: worker 0 does.
 
     Raises:
         StoreError: the store cannot be used; ConfigError: it does not fit the configuration, or the events
@@ -134,6 +136,7 @@ def open_storage(config: Config, *, from_backup: bool = False) -> Storage:
         slots = queue.register([_slot(output) for output in config.outputs], now_ms)
         past = Past(learn(database), restore(database, now_ms, wanted=from_backup))
         intake = Intake(config.store.path.with_name(config.store.path.name + ".intake"))
+        go_on(database, intake)
         loss = crash_loss(intake, recovered, past)
         layout = Layout.of(config.meter_list(), tuple(config.dimensions), config.windows.length)
         if recovered.layout is not None and recovered.layout != layout and recovered.cells:
@@ -143,12 +146,18 @@ def open_storage(config: Config, *, from_backup: bool = False) -> Storage:
         checkpoints.begin(layout, slots, loss.rows, unknown=loss.unknown, unexplained=loss.unexplained)
         if past.restored is not None:
             past = past._replace(restored=finish(database, past.restored))
+        adopted: Sequence[Loss] = ()
+        if adopts:
+            orphans = partial(open_storage, from_backup=from_backup, adopts=False)
+            adopted = adopt_all(config, database, intake, layout, now_ms, orphans)
         past = past._replace(salvages=salvages(database, slots, layout, partial(_mint_of, config)))
         loss = loss._replace(
             unknown=(*loss.unknown, *(node for aside in past.adopted for node in aside.nodes))
         )
-        if recovered.layout is not None and recovered.layout != layout:
-            recovered = checkpoints.recover()
+        loss = reduce(together, adopted, loss)
+        if adopted or (recovered.layout is not None and recovered.layout != layout):
+            checkpoints = Checkpoints(database, max_held=config.tenant.unattributed.max_identities)
+            checkpoints.outputs, recovered = slots, checkpoints.recover()
     except BaseException:
         database.close()
         raise
@@ -288,16 +297,25 @@ def build_receivers(config: Config, sink: PortSink, tap: Tap, metrics: Metrics) 
     limits = config.listen.limits
     room = Room(RoomLimits(limits.memory, limits.new_streams, limits.first_message))
     build = partial(_build_receiver, config, tap=tap, metrics=metrics, nodes=Nodes(metrics), room=room)
+    shared = config.workers > 1
     if config.listen.streams is None:
-        return (build(config.listen.grpc, partial(sink, Port.ALL)),)
+        return (build(config.listen.grpc, partial(sink, Port.ALL), shared=shared),)
     return (
-        build(config.listen.grpc, partial(sink, Port.SHORT)),
+        build(config.listen.grpc, partial(sink, Port.SHORT), shared=shared),
         build(config.listen.streams, partial(sink, Port.STREAMS)),
     )
 
 
 def _build_receiver(
-    config: Config, address: str, sink: Sink, *, tap: Tap, metrics: Metrics, nodes: Nodes, room: Room
+    config: Config,
+    address: str,
+    sink: Sink,
+    *,
+    tap: Tap,
+    metrics: Metrics,
+    nodes: Nodes,
+    room: Room,
+    shared: bool = False,
 ) -> Receiver:
     host, port = split_address(address)
     limits = config.listen.limits
@@ -314,6 +332,7 @@ def _build_receiver(
             limits.connections,
             limits.streams_per_connection,
             limits.connection_age,
+            shared,
         ),
         metrics=metrics,
         nodes=nodes,

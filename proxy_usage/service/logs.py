@@ -7,6 +7,17 @@ import sys
 
 import structlog
 
+_fields: dict[str, object] = {}
+
+
+def name_worker(number: int) -> None:
+    """Each line says from now on which worker it is from."""
+    _fields["worker"] = number
+
+
+def _named(_logger: object, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return line if not _fields else {**line, **_fields}
+
 
 def configure_log(level: str, style: str) -> None:
     """Sets what is logged, from now on: JSON unless a person is looking."""
@@ -14,6 +25,7 @@ def configure_log(level: str, style: str) -> None:
     renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
+            _named,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

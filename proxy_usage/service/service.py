@@ -57,9 +57,15 @@ STALLED_MS = 600_000
 
 
 class Service:
-    """One sink. ``start``, then ``supervise`` until it returns, then ``drain``."""
+    """One sink. ``start``, then ``supervise`` until it returns, then ``drain``.
 
-    def __init__(self, config: Config, storage: Storage, *, reload: Callable[[], Config]) -> None:
+    Args:
+        worker: it is one of several, which have one HTTP port together that is not its own.
+    """
+
+    def __init__(
+        self, config: Config, storage: Storage, *, reload: Callable[[], Config], worker: bool = False
+    ) -> None:
         self.config = config
         self._reload = reload
         self._storage = storage
@@ -83,15 +89,7 @@ class Service:
             on_events=self._wake,
             on_reopened=storage.intake.renew,
         )
-        host, port = split_address(config.listen.http)
-        self._web = Web(
-            host,
-            port,
-            metrics=self._metrics,
-            health=self.health,
-            refresh=self._refresh,
-            token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
-        )
+        self._web = None if worker else self._build_web(config)
         store = config.store.path
         self._control = ControlServer(
             store.with_name(store.name + ".sock"),
@@ -101,6 +99,8 @@ class Service:
                 self._recorder,
                 self._metrics,
                 status=self.status,
+                health=self.health,
+                scrape=self._exposition,
                 wake=self._wake,
             ).handlers(),
         )
@@ -109,6 +109,15 @@ class Service:
         self._started = False
         self._oldest_ms: dict[int, int | None] = {}
         self._config_error = ""
+
+    def _build_web(self, config: Config) -> Web:
+        return Web(
+            *split_address(config.listen.http),
+            metrics=self._metrics,
+            health=self.health,
+            refresh=self._refresh,
+            token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
+        )
 
     # --- start ------------------------------------------------------------------------------------------
 
@@ -122,7 +131,7 @@ class Service:
         for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
             self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
-        http = await self._web.start()
+        http = None if self._web is None else await self._web.start()
         await self._control.start()
         self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
         self._stages["watch"] = asyncio.create_task(self._watch(), name="watch")
@@ -218,7 +227,8 @@ class Service:
             receiver.admit(change.admission, change.tls)
         for courier in self._couriers:
             courier.trust(*change.trust[courier.settings.name])
-        self._web.token = change.http_token
+        if self._web is not None:
+            self._web.token = change.http_token
         log.info("reloaded", changed=change.keys)
 
     # --- drain ------------------------------------------------------------------------------------------
@@ -249,7 +259,8 @@ class Service:
         await asyncio.gather(*self._stages.values(), return_exceptions=True)
         await self._recorder.close()
         await self._control.close()
-        await self._web.stop()
+        if self._web is not None:
+            await self._web.stop()
         self._thread.close()
 
     async def _deliver_rest(self) -> None:
@@ -275,7 +286,7 @@ class Service:
 
     def _guards(self) -> Iterator[asyncio.Task[None]]:
         """What keeps ports within their bounds: without it the process must not live on."""
-        guards = [*(receiver.guard for receiver in self._receivers), self._web.guard]
+        guards = [port.guard for port in (*self._receivers, self._web) if port is not None]
         yield from (guard for guard in guards if guard is not None)
 
     def _wake(self) -> None:
@@ -347,6 +358,10 @@ class Service:
             "config_error": self._config_error,
             "space": self._housekeeping.status(),
         }
+
+    def _exposition(self) -> bytes:
+        self._refresh()
+        return self._metrics.exposition()
 
     def _refresh(self) -> None:
         """Gauges that are read off the parts when somebody asks."""

@@ -11,9 +11,10 @@ from typing import Protocol
 import structlog
 
 from proxy_usage.config import Config, load
-from proxy_usage.errors import StageDied
+from proxy_usage.errors import ConfigError, StageDied
 from proxy_usage.service.build import open_storage
 from proxy_usage.service.service import Service
+from proxy_usage.service.worker import Part
 
 log = structlog.get_logger()
 
@@ -35,8 +36,11 @@ class Life(Protocol):
     async def drain(self) -> None: ...
 
 
-async def live(service: Life) -> bool:
+async def live(service: Life, *, forcible: bool = True) -> bool:
     """From start to drain, by signals. False: a second one cut the drain short.
+
+    Args:
+        forcible: False: a second one changes nothing.
 
     Raises:
         StageDied: a part of it ended by itself; it was drained.
@@ -45,7 +49,7 @@ async def live(service: Life) -> bool:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        (forced.set if service.stopping else service.request_stop)()
+        (forced.set if service.stopping and forcible else service.request_stop)()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -68,15 +72,35 @@ async def live(service: Life) -> bool:
     return False
 
 
-async def serve(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
+async def serve(
+    path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False, part: Part | None = None
+) -> int:
     """Runs a sink until it is told to stop. Returns the exit code: 0 drained; 1 forced by a
-    second signal, or stopped with usage that the store did not take."""
-    storage = open_storage(config, from_backup=restored)
+    second signal, or stopped with usage that the store did not take.
+
+    Args:
+        part: set in one of several workers. No second signal forces it: whoever stops a service signals its
+            supervisor, which passes the signal on, and often every process of it besides.
+    """
+
+    def read() -> Config:
+        loaded = load(path, env)
+        if part is None:
+            return loaded
+        if loaded.workers != part.of:
+            raise ConfigError(
+                "workers cannot change while it runs; nothing was taken over",
+                hint="restart proxy-usage, or undo the change",
+            )
+        return part.config(loaded)
+
+    config = config if part is None else part.config(config)
+    storage = open_storage(config, from_backup=restored, adopts=part is None or part.number == 0)
     storage.past.tell(storage.loss)
     service: Service | None = None
     try:
-        service = Service(config, storage, reload=lambda: load(path, env))
-        if not await live(service):
+        service = Service(config, storage, reload=read, worker=part is not None)
+        if not await live(service, forcible=part is None):
             what = "stopped before the drain was done; what was not durable is reported at the next start"
             log.warning(what)
             return 1

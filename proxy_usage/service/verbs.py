@@ -11,6 +11,7 @@ from proxy_usage.metrics import Metrics
 from proxy_usage.recording import Recorder
 from proxy_usage.service.repairs import Repairs, Steps, texts
 from proxy_usage.store.thread import StoreThread
+from proxy_usage.web import Health
 
 Arguments = dict[str, object]
 Handler = Callable[[Arguments], Awaitable[object]]
@@ -21,6 +22,7 @@ class Verbs:
 
     Args:
         status: what only the running process knows.
+        health, scrape: what /readyz and /metrics say, for a supervisor.
         wake: tells delivery that there is something to send.
     """
 
@@ -32,6 +34,8 @@ class Verbs:
         metrics: Metrics,
         *,
         status: Callable[[], Mapping[str, object]],
+        health: Callable[[], Health],
+        scrape: Callable[[], bytes],
         wake: Callable[[], None],
     ) -> None:
         self._repairs = repairs
@@ -39,6 +43,8 @@ class Verbs:
         self._recorder = recorder
         self._metrics = metrics
         self._status_of = status
+        self._health_of = health
+        self._scrape = scrape
         self._wake = wake
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -46,6 +52,8 @@ class Verbs:
         return {
             "deadletters.redate": self._redate,
             "deadletters.replay": self._replay,
+            "health": self._health,
+            "metrics": self._metrics_text,
             "outputs.retire": self._retire,
             "record.start": self._record,
             "record.status": self._record_status,
@@ -100,6 +108,13 @@ class Verbs:
 
     async def _status(self, _arguments: Arguments) -> object:
         return self._status_of()
+
+    async def _health(self, _arguments: Arguments) -> object:
+        health = self._health_of()
+        return {"alive": health.alive, "reasons": dict(health.reasons)}
+
+    async def _metrics_text(self, _arguments: Arguments) -> object:
+        return self._scrape().decode()
 
 
 def _letters(arguments: Arguments) -> tuple[str | None, list[str], str | None]:

@@ -76,7 +76,7 @@ def set_aside(store: Path, reason: str, now_ms: int) -> Path:
             file.flush()
             os.fsync(file.fileno())
         _move(store, aside)
-        _sync(store.parent)
+        sync(store.parent)
     return aside
 
 
@@ -156,7 +156,7 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """The new names outlive a crash of the machine."""
     number = os.open(directory, os.O_RDONLY)
     try:

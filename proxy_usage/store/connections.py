@@ -23,10 +23,7 @@ def save_connections(db: sqlite3.Connection, turn: ConnectionTurn) -> None:
     db.executemany("DELETE FROM ties WHERE connection=?", [(connection,) for connection in turn.untied])
     _save_ties(db, turn.tied)
     db.executemany("DELETE FROM waiting WHERE number=?", [(number,) for number in turn.settled])
-    db.executemany(
-        "INSERT INTO waiting VALUES(?,?,?,?,?,?,?)",
-        [row._replace(identity=_encode(row.identity)) for row in turn.waiting],  # type: ignore[arg-type]
-    )
+    _save_waiting(db, turn.waiting)
 
 
 def load_connections(db: sqlite3.Connection) -> SavedConnections:
@@ -58,6 +55,13 @@ def relay_connections(db: sqlite3.Connection, dimensions: Sequence[int | None]) 
     _save_ties(db, (Tie(connection, key, *span) for (connection, key), span in ties.items()))
 
 
+def _save_waiting(db: sqlite3.Connection, rows: Iterable[Waiting]) -> None:
+    db.executemany(
+        "INSERT INTO waiting VALUES(?,?,?,?,?,?,?)",
+        [row._replace(identity=_encode(row.identity)) for row in rows],  # type: ignore[arg-type]
+    )
+
+
 def _save_ties(db: sqlite3.Connection, ties: Iterable[Tie]) -> None:
     db.executemany(
         "INSERT OR REPLACE INTO ties VALUES(?,?,?,?,?)",
@@ -66,3 +70,15 @@ def _save_ties(db: sqlite3.Connection, ties: Iterable[Tie]) -> None:
             for tie in ties
         ],
     )
+
+
+def merge_connections(db: sqlite3.Connection, other: SavedConnections) -> None:
+    """Adds the connections of another store of the same layout, inside the caller's transaction."""
+    ties = {(tie.connection, tie.key): (tie.first_ns, tie.last_ns) for tie in load_connections(db).ties}
+    merged = []
+    for tie in other.ties:
+        first_ns, last_ns = ties.get((tie.connection, tie.key), (tie.first_ns, tie.last_ns))
+        merged.append(Tie(tie.connection, tie.key, min(first_ns, tie.first_ns), max(last_ns, tie.last_ns)))
+    _save_ties(db, merged)
+    (last,) = db.execute("SELECT coalesce(max(number), 0) FROM waiting").fetchone()
+    _save_waiting(db, (row._replace(number=last + row.number) for row in other.waiting))

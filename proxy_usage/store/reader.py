@@ -271,6 +271,12 @@ class Reader:
 
     # --- unattributed -----------------------------------------------------------------------------------
 
+    def holds(self, held_id: str) -> bool:
+        """Whether usage is held under an id, at whatever hour."""
+        with self._snapshot() as db:
+            statement = "SELECT 1 FROM held WHERE lower(hex(digest))=? LIMIT 1"
+            return db.execute(statement, (held_id.lower(),)).fetchone() is not None
+
     def unattributed(self, limit: int = 100) -> tuple[HeldUsage, ...]:
         """Usage of nobody, latest hour first, within it the most rows first."""
         with self._snapshot() as db:

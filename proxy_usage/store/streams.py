@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from proxy_usage.model import Key
 from proxy_usage.store.schema import dumps
-from proxy_usage.streams import DIGEST, SavedStreams, StreamTurn, rearranged
+from proxy_usage.streams import DIGEST, ENDED, HEAD, TCP, SavedStreams, StreamTurn, rearranged
 
 
 def save_streams(db: sqlite3.Connection, turn: StreamTurn) -> None:
@@ -122,3 +123,61 @@ def _packed(records: Mapping[bytes, bytes]) -> bytes:
 
 def _split(packed: bytes, size: int) -> Iterator[bytes]:
     return (packed[at : at + size] for at in range(0, len(packed), size))
+
+
+def merge_streams(db: sqlite3.Connection, other: SavedStreams, size: int) -> None:
+    """Adds the streams of another store of the same layout, inside the caller's transaction.
+
+    Of a stream that both know the highest totals count, so that nothing of it is booked again.
+
+    Args:
+        size: bytes of one of its records.
+    """
+    if not other.turn:
+        return
+    saved = load_streams(db)
+    numbers = {key: number for number, key in saved.keys}
+    last = max(numbers.values(), default=0)
+    theirs = {0: 0}
+    for number, key in other.keys:
+        if key not in numbers:
+            last += 1
+            numbers[key] = last
+        theirs[number] = numbers[key]
+    records = {record[:DIGEST]: record for record in saved.records}
+    for record in other.records:
+        last_ms, number, state = HEAD.unpack_from(record, DIGEST)
+        head = HEAD.pack(last_ms, theirs[number], state)
+        renumbered = record[:DIGEST] + head + record[DIGEST + HEAD.size :]
+        mine = records.get(record[:DIGEST])
+        records[record[:DIGEST]] = renumbered if mine is None else _highest(mine, renumbered)
+    used = {HEAD.unpack_from(record, DIGEST)[1] for record in records.values()}
+    shards: dict[int, list[bytes]] = {}
+    for record in records.values():
+        shards.setdefault(record[0], []).append(record)
+    for table in ("stream_keys", "stream_log", "stream_shards"):
+        db.execute(f"DELETE FROM {table}")  # noqa: S608 (one of three literals)
+    _save_keys(
+        db, ((number, key.tenant, key.dimensions) for key, number in numbers.items() if number in used)
+    )
+    turn = max(saved.turn, other.turn)
+    for shard in shards or {0: []}:
+        _save_shard(db, shard, turn, b"".join(shards.get(shard, ())))
+    _save_size(db, size)
+
+
+def record_size(db: sqlite3.Connection) -> int:
+    """Bytes of one saved record; 0 where no stream was ever saved."""
+    row = db.execute("SELECT value FROM meta WHERE name='stream_record'").fetchone()
+    return int(row[0]) if row else 0
+
+
+def _highest(one: bytes, other: bytes) -> bytes:
+    """Two records of a stream as one. It has ended if either says so, and is whose it was last."""
+    at = DIGEST + HEAD.size
+    totals = struct.Struct(f"<{(len(one) - at) // 8}Q")
+    heads = (HEAD.unpack_from(each, DIGEST) for each in (one, other))
+    earlier, later = sorted(heads, key=lambda head: head[0])
+    ended = next((head[2] for head in (later, earlier) if head[2] & ~TCP == ENDED), later[2])
+    highest = map(max, totals.unpack_from(one, at), totals.unpack_from(other, at))
+    return one[:DIGEST] + HEAD.pack(later[0], later[1] or earlier[1], ended) + totals.pack(*highest)

@@ -253,7 +253,31 @@ ONE_MISTAKE = {
         "more than any sender needs",
         "16KiB",
     ),
-    "several workers": ("workers: 2", 2, "workers", "not supported by this version", "write 1"),
+    "long streams at several workers": (
+        "workers: 2\nenvoy: {flush_interval: 60s}",
+        2,
+        "workers",
+        "2 workers share listen.grpc, but rows of a long stream must meet at one",
+        "set listen.streams",
+    ),
+    "connections at several workers": (
+        "workers: 2\nmeters: {connection_seconds: {count: connections}}",
+        2,
+        "workers",
+        "2 workers share listen.grpc, but rows of a connection must meet at one",
+        "write 1",
+    ),
+    "memory for several workers": (
+        "workers: 8\nlisten: {limits: {memory: 2GiB}}",
+        3,
+        "listen.limits.memory",
+        (
+            "256MiB of each of 8 workers is less than the 384MiB that senders may need at once:"
+            " (1 new_streams + 1) × 64MiB message + 256 connections × 1MiB window"
+        ),
+        "raise memory",
+    ),
+    "too many workers": ("workers: 65", 2, "workers", "65 is too large", "at most 64"),
 }
 
 

@@ -1,0 +1,103 @@
+"""What several stores hold together, as one of them would say it.
+
+Sums of sums are exact. Whether everything adds up is asked of each store by itself: what one lacks does not
+make up for what another has too much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+
+from proxy_usage.store.views import Conservation, MeterTerms, OutputStatus, Status, Tally
+
+
+def total_status(found: Sequence[Status]) -> Status:
+    """Several stores at about one moment. The path is the first one's."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    return replace(
+        first,
+        sizes=_added(one.sizes for one in found),
+        outputs=_outputs(chain.from_iterable(one.outputs for one in found)),
+        meters=_meters(chain.from_iterable(one.meters for one in found)),
+        rows=_rows(found),
+        intake=_added(one.intake for one in found),
+        crash_lost=_added(one.crash_lost for one in found),
+        crash_unknown=_added(one.crash_unknown for one in found),
+        open_windows=sum(one.open_windows for one in found),
+        keys=sum(one.keys for one in found),
+        unattributed=sum(one.unattributed for one in found),
+        asides=tuple(chain.from_iterable(one.asides for one in found)),
+        restored=next((one.restored for one in found if one.restored is not None), None),
+    )
+
+
+def total_conservation(found: Sequence[Conservation]) -> Conservation:
+    """The terms of each store side by side."""
+    return Conservation(
+        meters=tuple(chain.from_iterable(one.meters for one in found)),
+        outputs=tuple(chain.from_iterable(one.outputs for one in found)),
+        deep=all(one.deep for one in found),
+        differences=tuple(chain.from_iterable(one.differences for one in found)),
+    )
+
+
+def _added(amounts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in amounts:
+        total.update(one)
+    return dict(total)
+
+
+def _rows(found: Iterable[Status]) -> dict[str, dict[str, int]]:
+    rows: dict[str, Counter[str]] = {}
+    for one in found:
+        for fate, reasons in one.rows.items():
+            rows.setdefault(fate, Counter()).update(reasons)
+    return {fate: dict(reasons) for fate, reasons in rows.items()}
+
+
+def _outputs(found: Iterable[OutputStatus]) -> tuple[OutputStatus, ...]:
+    total: dict[str, OutputStatus] = {}
+    for one in found:
+        have = total.get(one.name)
+        total[one.name] = one if have is None else _output(have, one)
+    return tuple(total.values())
+
+
+def _output(one: OutputStatus, other: OutputStatus) -> OutputStatus:
+    """Numbers are added; it is as old as the older, and paused if either is."""
+    apart = {"name", "added_ms", "oldest_ms", "paused", "paused_ms", "detail"}
+    numbers = {
+        field.name: getattr(one, field.name) + getattr(other, field.name)
+        for field in fields(OutputStatus)
+        if field.name not in apart
+    }
+    oldest = [ms for ms in (one.oldest_ms, other.oldest_ms) if ms is not None]
+    paused = one if one.paused is not None else other
+    return replace(
+        paused, **numbers, added_ms=min(one.added_ms, other.added_ms), oldest_ms=min(oldest, default=None)
+    )
+
+
+def _meters(found: Iterable[MeterTerms]) -> tuple[MeterTerms, ...]:
+    total: dict[str, MeterTerms] = {}
+    for one in found:
+        have = total.get(one.meter)
+        total[one.meter] = one if have is None else _meter(have, one)
+    return tuple(total.values())
+
+
+def _meter(one: MeterTerms, other: MeterTerms) -> MeterTerms:
+    names = ("counted", "open", "held", "remainders", "written_off", "expired")
+    return replace(
+        one,
+        **{name: getattr(one, name) + getattr(other, name) for name in names},
+        divisor=one.divisor if one.divisor is not None else other.divisor,
+        minted=Tally(*map(sum, zip(one.minted, other.minted, strict=True))),
+        redated=Tally(*map(sum, zip(one.redated, other.redated, strict=True))),
+    )
