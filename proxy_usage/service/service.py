@@ -13,7 +13,7 @@ from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.control import ControlServer
-from proxy_usage.decode import Split
+from proxy_usage.decode import CHOICE, Split
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
 from proxy_usage.intake import OTHERS
@@ -118,7 +118,7 @@ class Service:
         Raises:
             ListenError: a port cannot be had.
         """
-        self._metrics.info.labels(version=__version__, fold="protobuf").set(1)
+        self._metrics.info.labels(version=__version__, fold=CHOICE.reason).set(1)
         for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
             self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
