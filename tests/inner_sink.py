@@ -106,11 +106,24 @@ class InnerSink:
         *,
         everything: bool = False,
         meanwhile: Callable[[], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> tuple[Event, ...]:
-        """A turn; ``meanwhile`` runs while it is under way. Rolls back before it raises."""
+        """A turn; ``between`` runs after each step of its making, ``meanwhile`` while it is under way.
+
+        Rolls back before it raises.
+        """
         self.now_ms = self.now_ms if at_ms is None else at_ms
-        turn = self.pipeline.begin(self.now_ms, everything=everything)
-        covered, self.unsaved = self.unsaved, Counter()
+        steps = self.pipeline.beginning(self.now_ms, everything=everything)
+        next(steps)
+        covered, self.unsaved = self.unsaved, Counter()  # all that came before the first step, and no more
+        while True:
+            if between is not None:
+                between()
+            try:
+                next(steps)
+            except StopIteration as made:
+                turn: Turn = made.value
+                break
         if meanwhile is not None:
             meanwhile()
         try:
@@ -123,6 +136,8 @@ class InnerSink:
     def _commit(self, turn: Turn) -> tuple[Event, ...]:
         events = self.storage.checkpoints.commit(turn, self.mint, self.now_ms)
         self.pipeline.commit(turn)
+        for _ in turn.windows.release():
+            pass
         for event in events:
             assert event.id not in self.minted
             self.minted[event.id] = event.body

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -146,10 +146,10 @@ class Turns:
         """
         now_ms = self.beat_ms = self._clock_ms()
         if (self._in_doubt is not None or self._database.broken) and not await self._resolve():
-            self._pipeline.drain(now_ms)
+            await _paused(self._pipeline.draining(now_ms))
             self.observer.look(self._pipeline, now_ms)
             return False
-        turn = self._pipeline.begin(now_ms, limit=self._slice)
+        turn = await self._begin(now_ms)
         self.observer.look(self._pipeline, now_ms)
         if turn.is_empty:
             self._pipeline.commit(turn)
@@ -163,6 +163,7 @@ class Turns:
             return False
         self._pipeline.commit(turn)
         self._worked(now_ms)
+        await _paused(turn.windows.release())
         self._metrics.checkpoints.inc()
         if events:
             self._metrics.minted.inc(len(events))
@@ -170,6 +171,17 @@ class Turns:
             self._on_events()
         due_ms = self._pipeline.windows.next_due_ms()
         return due_ms is not None and due_ms <= now_ms
+
+    async def _begin(self, now_ms: int) -> Turn:
+        """Makes a turn step by step: streams are read in between."""
+        steps = self._pipeline.beginning(now_ms, limit=self._slice)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                turn: Turn = done.value
+                return turn
+            await asyncio.sleep(0)
 
     async def _resolve(self) -> bool:
         """Opens a broken store anew, and finds out whether a turn whose commit broke off took effect.
@@ -213,3 +225,9 @@ class Turns:
             log.info("checkpoint works again")
         self.durable_ms, self.failure = now_ms, None
         self._slice = min(SLICE, 2 * self._slice)
+
+
+async def _paused(steps: Iterator[None]) -> None:
+    """Work in steps, with everybody else's turn after each."""
+    for _ in steps:
+        await asyncio.sleep(0)

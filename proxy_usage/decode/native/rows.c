@@ -26,7 +26,7 @@ static PyObject *next_text(const uint8_t **at)
 }
 
 /* (source, window_ms, rule, value, dimensions, routed, [rows, *amounts]) */
-static PyObject *row_tuple(const rows *self, const table_row *row)
+static PyObject *row_tuple(rows *self, const table_row *row)
 {
     const uint8_t *at = table_key(self->sums, row);
     uint32_t window;

@@ -175,9 +175,9 @@ table_row *table_find(table *self, const hash_key *secret, const uint8_t *key, s
     return row;
 }
 
-const table_row *table_next(const table *self, uint32_t *chunk, size_t *at)
+const table_row *table_next(table *self, uint32_t *chunk, size_t *at)
 {
-    for (; *chunk < self->chunk_count; ++*chunk, *at = 0) {
+    for (; *chunk < self->chunk_count; free(self->chunks[*chunk]), self->chunks[*chunk] = NULL, ++*chunk, *at = 0) {
         size_t end = *chunk + 1 == self->chunk_count ? self->filled : CHUNK;
         if (*at == 0)
             *at = 8;

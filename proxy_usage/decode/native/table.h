@@ -60,7 +60,8 @@ static inline const uint8_t *table_key(const table *self, const table_row *row)
     return (const uint8_t *)(row->sums + self->columns);
 }
 
-/* Rows one after the other: `*chunk` and `*at` begin as 0. NULL at the end. */
-const table_row *table_next(const table *self, uint32_t *chunk, size_t *at);
+/* Rows one after the other, once: `*chunk` and `*at` begin as 0. NULL at the end. A row is there until the next call,
+   and its memory is given back on the way: to free all of a large table at its end takes long. */
+const table_row *table_next(table *self, uint32_t *chunk, size_t *at);
 
 #endif
