@@ -8,7 +8,6 @@ median over turns of a turn's longest, and the longest of all), and the share of
 250 ms. Turns are taken less often where they are long, so that they never pass a tenth.
 """
 
-import gc
 import statistics
 import sys
 import tempfile
@@ -20,8 +19,9 @@ from typing import Any
 
 from proxy_usage.config import load_text
 from proxy_usage.model import Key
-from proxy_usage.pipeline import Pipeline
+from proxy_usage.pipeline import Pipeline, next_step
 from proxy_usage.service.build import build_attributor, build_mint, build_windows
+from proxy_usage.service.collector import settle
 from proxy_usage.store import Checkpoints, Database
 from proxy_usage.turn import Turn
 
@@ -52,12 +52,10 @@ class Steps:
 
 def begin(pipeline: Pipeline, steps: Steps, now_ms: int) -> Turn:
     making = pipeline.beginning(now_ms)
-    while True:
-        try:
-            steps.step(lambda: next(making))
-        except StopIteration as made:
-            turn: Turn = made.value
-            return turn
+    turn: Turn | None = None
+    while turn is None:
+        turn = steps.step(partial(next_step, making))
+    return turn
 
 
 def main() -> None:
@@ -88,8 +86,7 @@ def main() -> None:
                 max_held=10_000,
             )
             keys = [Key(f"tenant-{number}", ("",) * len(config.dimensions)) for number in range(count)]
-            gc.collect()
-            gc.freeze()  # as the service does with what it holds at its start
+            settle()  # as the service does: full collections are apart
             loop, longest, wall, cpu = [], [], [], []
             now_ms = time.time_ns() // 1_000_000 // 60_000 * 60_000
             turns = TURNS if count < 1_000_000 else 5

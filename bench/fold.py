@@ -25,6 +25,7 @@ from proxy_usage.decode import EnvoySettings, Fold, new_fold, parts
 from proxy_usage.decode.choice import Choice, choose
 from proxy_usage.decode.compiled import CompiledFold
 from proxy_usage.model import FoldPlan, Origin
+from proxy_usage.service.collector import settle
 
 ROUNDS = 5
 MESSAGES = 400
@@ -185,6 +186,7 @@ def measure(load: Load, plan: FoldPlan, tenants: int) -> None:
 
 
 def main() -> None:
+    settle()  # as the service does: full collections are apart
     load = Load()
     plan = load_text(CONFIG, origin="bench", base=Path(), env={}).fold_plan()
     print(f"{MESSAGES} messages of {load.size:,.0f} bytes, {ENTRIES} entries each; µs of CPU an entry")

@@ -84,6 +84,16 @@ class _Cut:
     """Set at the cut, and not before."""
 
 
+def next_step(steps: Generator[None, None, Turn]) -> Turn | None:
+    """Takes a step of ``Pipeline.beginning``. The turn, when that was the last."""
+    try:
+        next(steps)
+    except StopIteration as done:
+        turn: Turn = done.value
+        return turn
+    return None
+
+
 class Pipeline:
     """From rows to turns.
 
@@ -283,13 +293,10 @@ class Pipeline:
 
     def begin(self, now_ms: int, *, limit: int = 1_000, everything: bool = False) -> Turn:
         """All that changed since the last turn. ``commit`` or ``rollback`` must follow."""
-        making = self.beginning(now_ms, limit=limit, everything=everything)
-        while True:
-            try:
-                next(making)
-            except StopIteration as done:
-                turn: Turn = done.value
-                return turn
+        steps = self.beginning(now_ms, limit=limit, everything=everything)
+        while (turn := next_step(steps)) is None:
+            continue
+        return turn
 
     def beginning(
         self, now_ms: int, *, limit: int = 1_000, everything: bool = False

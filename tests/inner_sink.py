@@ -26,7 +26,7 @@ from proxy_usage.errors import StoreError
 from proxy_usage.model import Event, Meter, Origin
 from proxy_usage.outputs.base import Answer, Verdict
 from proxy_usage.outputs.billing import Billing
-from proxy_usage.pipeline import Pipeline, Port
+from proxy_usage.pipeline import Pipeline, Port, next_step
 from proxy_usage.service.build import build_mint, build_pipeline, open_storage
 from proxy_usage.store import Batch
 from proxy_usage.turn import Turn
@@ -119,10 +119,8 @@ class InnerSink:
         while True:
             if between is not None:
                 between()
-            try:
-                next(steps)
-            except StopIteration as made:
-                turn: Turn = made.value
+            turn = next_step(steps)
+            if turn is not None:
                 break
         if meanwhile is not None:
             meanwhile()

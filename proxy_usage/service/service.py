@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable, Iterator
 
 import structlog
@@ -32,6 +31,7 @@ from proxy_usage.service.build import (
     clock_ms,
 )
 from proxy_usage.service.checking import check_beside
+from proxy_usage.service.collector import collect_seldom, settle
 from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.reloading import prepare
@@ -139,10 +139,8 @@ class Service:
         for watch in self._guards():
             self._stages[watch.get_name()] = watch
         self._started = True
-        # What was built until here stays: collections need not walk it again and again (158 ms at a time with
-        # a million streams).
-        gc.collect()
-        gc.freeze()
+        settle()
+        self._stages["memory"] = asyncio.create_task(collect_seldom(), name="memory")
         log.info(
             "serving",
             version=__version__,

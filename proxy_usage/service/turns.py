@@ -12,7 +12,7 @@ import structlog
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
 from proxy_usage.metrics import Metrics
-from proxy_usage.pipeline import Pipeline
+from proxy_usage.pipeline import Pipeline, next_step
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.observing import Observer
 from proxy_usage.store import Checkpoints, Database
@@ -175,13 +175,18 @@ class Turns:
     async def _begin(self, now_ms: int) -> Turn:
         """Makes a turn step by step: streams are read in between."""
         steps = self._pipeline.beginning(now_ms, limit=self._slice)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                turn: Turn = done.value
-                return turn
-            await asyncio.sleep(0)
+        turn = next_step(steps)
+        try:
+            while turn is None:
+                await asyncio.sleep(0)
+                turn = next_step(steps)
+        except asyncio.CancelledError:
+            # Half a turn is in nobody's hands: it is made whole and given back.
+            while turn is None:
+                turn = next_step(steps)
+            self._pipeline.rollback(turn)
+            raise
+        return turn
 
     async def _resolve(self) -> bool:
         """Opens a broken store anew, and finds out whether a turn whose commit broke off took effect.

@@ -9,7 +9,7 @@ from money import HOUR_MS, T0, key, windows
 from wire import DOWNSTREAM_PERIODIC, http_row, message
 
 from proxy_usage.model import NS_PER_MS
-from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART
+from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, next_step
 from proxy_usage.turn import Turn
 from proxy_usage.windows import PACK, Birth
 
@@ -32,10 +32,7 @@ def test_a_turn_of_many_keys_is_made_in_steps_of_a_bounded_number_of_them(tmp_pa
         steps, most, before = sink.pipeline.beginning(T0), 0, 0
         turn: Turn | None = None
         while turn is None:
-            try:
-                next(steps)
-            except StopIteration as made:
-                turn = made.value
+            turn = next_step(steps)
             most, before = max(most, len(sink.pipeline.windows) - before), len(sink.pipeline.windows)
         assert 0 < most <= BOOK
         assert len(turn.windows.changed) == len(turn.windows.born) == 1_700
@@ -98,10 +95,7 @@ def test_rows_taken_after_the_first_step_belong_to_the_next_turn(tmp_path: Path)
         made = None
         while made is None:
             sink.read_raw(rows(10))
-            try:
-                next(steps)
-            except StopIteration as done:
-                made = done.value
+            made = next_step(steps)
         assert made.intake == {"envoy-1": 250}
         assert made.fates == {("counted", ""): 250}
         assert made.counted[0] == sum(cell[2] for cell in made.windows.changed) == 250
