@@ -25,7 +25,7 @@ from proxy_usage.quota import Quota, overflow, trimmed
 from proxy_usage.reattribution import Fact, facts
 from proxy_usage.streams import Streams, StreamTurn
 from proxy_usage.turn import Held, Turn
-from proxy_usage.windows import Birth, Windows
+from proxy_usage.windows import Windows
 
 HOUR_MS = 3_600_000
 BOOK, BOOK_ROWS = 100, 20
@@ -318,8 +318,7 @@ class Pipeline:
         while cut.pending is None:
             self._step()
             yield
-        births: list[Birth] = []
-        for _ in self.windows.pack(births):
+        for _ in self.windows.pack():
             yield
         held: list[Held] = []
         for number, (key, (rows, *amounts)) in enumerate(cut.pending.held.items(), start=1):
@@ -330,7 +329,7 @@ class Pipeline:
         self._last_turn += 1
         return Turn(
             number=self._last_turn,
-            windows=self.windows.turn(cut.closing, births),
+            windows=self.windows.turn(cut.closing),
             counted=tuple(cut.pending.counted),
             fates={fate: rows for fate, rows in cut.pending.fates.items() if rows},
             held=tuple(held),

@@ -67,8 +67,9 @@ class _Cut:
 
     number: int
     cells: dict[int, _Open]
-    changed: list[tuple[int, ...]] = field(default_factory=list)
-    born: list[_Open] = field(default_factory=list)
+    changed: list[tuple[int, ...]]
+    born: list[_Open]
+    births: list[Birth]
 
     def pack(self, cell: _Open) -> None:
         if cell.packed == self.number:
@@ -88,17 +89,17 @@ class WindowTurn:
     born: list[Birth]
     changed: list[tuple[int, ...]]
     """``(id, rows, *amounts)`` of open cells, absolute, so that applying one twice changes nothing."""
-    taken: tuple[Sequence[_Open], Sequence[_Open], dict[int, _Open]] = field(
-        repr=False, default_factory=lambda: ((), (), {})
+    taken: tuple[list[_Open], list[_Open], dict[int, _Open]] = field(
+        repr=False, default_factory=lambda: ([], [], {})
     )
     """The live cells behind ``closing``, ``born`` and ``changed``: for ``rollback`` alone."""
 
     def release(self) -> Iterator[None]:
         """Lets go of what a turn held, ``PACK`` cells at a time: to free a million at once takes long."""
-        cells = self.taken[2]
-        while cells or self.changed or self.born:
-            del self.changed[-PACK:]
-            del self.born[-PACK:]
+        _, born, cells = self.taken
+        while cells or self.changed or self.born or born:
+            for held in (self.changed, self.born, born):
+                del held[-PACK:]
             for _ in range(min(PACK, len(cells))):
                 cells.popitem()
             yield
@@ -147,6 +148,7 @@ class Windows:
         self._changed: dict[int, _Open] = {}
         self._cut: _Cut | None = None  # while a turn is packed
         self._cuts = 0
+        self._spare = _spare()
         self._tenants: dict[str, int] = {}
         self._tenants_swept_ms = 0
         self.late_rows = 0
@@ -250,10 +252,9 @@ class Windows:
         for _ in self.close_due(closing, now_ms, limit=limit, everything=everything):
             pass
         self.cut()
-        births: list[Birth] = []
-        for _ in self.pack(births):
+        for _ in self.pack():
             pass
-        return self.turn(closing, births)
+        return self.turn(closing)
 
     def close_due(
         self, closing: list[_Open], now_ms: int, *, limit: int, everything: bool = False
@@ -272,10 +273,18 @@ class Windows:
         """The second step: what is added from here on belongs to the next turn."""
         assert self._cut is None, "a turn is being packed"
         self._cuts += 1
-        self._cut = _Cut(self._cuts, self._changed)
-        self._changed = {}
+        # What a turn let go of is filled anew: Python's collector walks large lists while they are young.
+        cells, changed, born, births = self._spare
+        self._cut = _Cut(
+            self._cuts,
+            self._changed,
+            [] if changed else changed,
+            [] if born else born,
+            [] if births else births,
+        )
+        self._changed = {} if cells else cells
 
-    def pack(self, births: list[Birth]) -> Iterator[None]:
+    def pack(self) -> Iterator[None]:
         """The third step: packs what changed before the cut, ``PACK`` cells at a time."""
         cut = self._cut
         assert cut is not None, "cut comes first"
@@ -283,20 +292,22 @@ class Windows:
             cut.pack(cell)
             if number % PACK == 0:
                 yield
+        births = cut.births
         while len(births) < len(cut.born):
             births.extend(
                 Birth(c.id, c.window_ms, c.key, c.due_ms) for c in cut.born[len(births) : len(births) + PACK]
             )
             yield
 
-    def turn(self, closing: list[_Open], births: list[Birth]) -> WindowTurn:
+    def turn(self, closing: list[_Open]) -> WindowTurn:
         """The last step: the turn, when all is packed."""
         cut, self._cut = self._cut, None
         assert cut is not None
         assert len(cut.changed) == len(cut.cells), "pack it whole"
+        self._spare = cut.cells, cut.changed, cut.born, cut.births
         return WindowTurn(
             closing=tuple(Cell(c.id, c.window_ms, c.key, c.rows, tuple(c.amounts)) for c in closing),
-            born=births,
+            born=cut.births,
             changed=cut.changed,
             taken=(closing, cut.born, cut.cells),
         )
@@ -307,6 +318,7 @@ class Windows:
     def rollback(self, turn: WindowTurn) -> None:
         """The store refused it: everything is as if the turn had not been taken."""
         closing, born, changed = turn.taken
+        self._spare = _spare()
         for cell in born:
             cell.saved = False
         # A disk may be full for hours: this costs what changed since, not all that waits to be saved.
@@ -339,6 +351,10 @@ class Windows:
         """The sum of all open cells per meter: a term of the conservation sum."""
         columns = zip(*(cell.amounts for _, _, cell in self._queue), strict=True)
         return tuple(sum(column) for column in columns)
+
+
+def _spare() -> tuple[dict[int, _Open], list[tuple[int, ...]], list[_Open], list[Birth]]:
+    return {}, [], [], []
 
 
 def _parts(amounts: Sequence[int]) -> Iterable[Sequence[int]]:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from money import DEFAULTS, HOUR_MS, MINUTE_MS, T0, key, windows
 
 from proxy_usage.model import Cell, Key
-from proxy_usage.windows import CELL_LIMIT, Birth, WindowTurn
+from proxy_usage.windows import CELL_LIMIT, WindowTurn
 
 keys = st.builds(key, st.sampled_from(["alpha", "beta", "gamma"]), route=st.sampled_from(["web", "api", "x"]))
 amounts = st.one_of(st.integers(0, 10), st.integers(0, 3 * CELL_LIMIT))
@@ -78,11 +78,10 @@ class WindowsModel(RuleBasedStateMachine):
         expected = {cell.id: (cell.id, cell.rows, *cell.amounts) for cell in self.windows._changed.values()}
         born = {cell.id for cell in self.windows._changed.values() if not cell.saved}
         self.windows.cut()
-        births: list[Birth] = []
-        for _ in self.windows.pack(births):
+        for _ in self.windows.pack():
             if adds:
                 self._add(*adds.pop())
-        self.under_way = self.windows.turn(closing, births)
+        self.under_way = self.windows.turn(closing)
         assert {state[0]: state for state in self.under_way.changed} == expected
         assert len(self.under_way.changed) == len(expected)
         assert {birth.id for birth in self.under_way.born} == born

@@ -11,7 +11,7 @@ from wire import DOWNSTREAM_PERIODIC, http_row, message
 from proxy_usage.model import NS_PER_MS
 from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, next_step
 from proxy_usage.turn import Turn
-from proxy_usage.windows import PACK, Birth
+from proxy_usage.windows import PACK
 
 
 def rows(count: int, first: int = 0, **how: object) -> bytes:
@@ -44,9 +44,8 @@ def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> No
     for number in range(3 * PACK + 10):
         open_windows.add(key(f"t-{number}"), T0, 1, (1,), T0)
     open_windows.cut()
-    births: list[Birth] = []
-    assert len(list(open_windows.pack(births))) == 3 + 4  # packed, then their births
-    turn = open_windows.turn([], births)
+    assert len(list(open_windows.pack())) == 3 + 4  # packed, then their births
+    turn = open_windows.turn([])
     assert len(turn.changed) == len(turn.born) == 3 * PACK + 10
     sizes = [len(turn.changed) for _ in turn.release()]
     assert sizes == [2 * PACK + 10, PACK + 10, 10, 0]
