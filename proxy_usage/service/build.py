@@ -40,7 +40,7 @@ from proxy_usage.windows import Windows
 PortSink = Callable[[Port, Origin, Split, int], None]
 
 FOLD_IDENTITIES = 5_000
-"""Identities folded before they are drained: bounds how long one drain holds the event loop."""
+"""Identities folded before they are set aside, to be booked along with what follows."""
 
 
 def clock_ms() -> int:
