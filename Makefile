@@ -6,6 +6,9 @@ VENV ?= .venv
 UV ?= uv
 CONFIG ?=
 PYTEST_ARGS ?=
+FOLD ?= $(PROXY_USAGE_FOLD)
+# FOLD=protobuf: any verb without the compiled fold, `make test` for one.
+export PROXY_USAGE_FOLD := $(FOLD)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -19,6 +22,9 @@ DEV := $(VENV)/.dev-installed
 CEILOMETER_VENV := build/ceilometer-venv
 CEILOMETER := $(CEILOMETER_VENV)/.installed
 RUNNABLE := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
+
+# Built by the installation, in place; without a compiler the protobuf fold runs.
+EXTENSION := setup.py $(wildcard proxy_usage/decode/native/*)
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -35,12 +41,13 @@ run: $(RUNNABLE)  ## the demonstration with a real Envoy; CONFIG=file: the sink 
 
 check: lint types imports unit  ## lint, types, import contracts and unit tests: under 2 minutes
 
-test: lint types imports most-tests e2e-tests  ## everything: check, property, contract, deployment and end-to-end tests
+test: lint types imports most-tests e2e-tests  ## everything; FOLD=protobuf: with that fold alone
 
 test-faults: $(DEV)  ## 200 kills, 32 graceful stops, 100,000 mutated messages: about 25 minutes
 	@FAULT_KILLS=200 FAULT_STOPS=32 FAULT_MESSAGES=100000 $(PYTEST) -s tests/faults
 
-bench: $(DEV)  ## what checkpoints, rows of long streams and a million of these cost here: about 5 minutes
+bench: $(DEV)  ## what folding, checkpoints and rows of long streams cost here: about 10 minutes
+	@$(PY) bench/fold.py
 	@$(PY) bench/checkpoints.py
 	@$(PY) bench/long_rows.py
 	@$(PY) bench/memory_streams.py
@@ -112,13 +119,13 @@ $(READY):
 	  $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
-$(DEMO): $(READY) requirements/demo.txt pyproject.toml
+$(DEMO): $(READY) requirements/demo.txt pyproject.toml $(EXTENSION)
 	@echo "Installing requirements/demo.txt into $(VENV) ..."
 	@$(PIP) install --require-hashes -r requirements/demo.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(DEV): $(READY) requirements/dev.txt pyproject.toml
+$(DEV): $(READY) requirements/dev.txt pyproject.toml $(EXTENSION)
 	@echo "Installing requirements/dev.txt into $(VENV) ..."
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .

@@ -257,6 +257,8 @@ class Attributor:
         self._rules = tuple(_Source(rule, "tenant", nodes) for rule in tenant.rules)
         self.rules = tuple(source.field for source in self._rules)
         fields: dict[Field, int] = {}
+        self.plain_rules = frozenset(n for n, source in enumerate(self._rules) if source.plain)
+        """Rules that accept any value."""
         self._dimensions = tuple(
             _Dimension(
                 name,

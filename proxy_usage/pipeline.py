@@ -11,22 +11,30 @@ of counted rows are in ``counted``, and in exactly one of: an open window, an ev
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from proxy_usage.attribution import Attributor, Reason, Unattributed
-from proxy_usage.connections import Connections, Share
+from proxy_usage.connections import Connections, ConnectionTurn, Share
 from proxy_usage.decode import ConnectionRow, Drained, Fold, RowFate, Split, StreamRow
 from proxy_usage.model import Identity, Key, Origin, Quantity
 from proxy_usage.quota import Quota, overflow, trimmed
 from proxy_usage.reattribution import Fact, facts
-from proxy_usage.streams import Streams
+from proxy_usage.streams import Streams, StreamTurn
 from proxy_usage.turn import Held, Turn
 from proxy_usage.windows import Windows
 
 HOUR_MS = 3_600_000
+BOOK, BOOK_ROWS = 100, 20
+"""Totals, and rows of long streams, that are booked without a pause: half a millisecond of work, one step."""
+STEPS_A_PART = 3
+"""Steps of what is set aside, after each part of a message: they book more rows than a part may bring."""
+MAX_ASIDE = 64
+"""So many folds set aside, and a part does what they need, however long it takes: memory is bounded."""
+_STEP, _NOTHING = 1, 0  # whether a pause follows work, or hardly any
 
 
 class Port(StrEnum):
@@ -63,6 +71,27 @@ class _Pending:
     counted: list[int]
     fates: Counter[tuple[str, str]] = field(default_factory=Counter)
     held: dict[_HeldKey, list[int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Cut:
+    """What a turn in the making took at its cut."""
+
+    closing: list[Any] = field(default_factory=list)  # cells, for ``Windows.turn`` alone
+    streams: StreamTurn | None = None
+    connections: ConnectionTurn | None = None
+    pending: _Pending | None = None
+    """Set at the cut, and not before."""
+
+
+def next_step(steps: Generator[None, None, Turn]) -> Turn | None:
+    """Takes a step of ``Pipeline.beginning``. The turn, when that was the last."""
+    try:
+        next(steps)
+    except StopIteration as done:
+        turn: Turn = done.value
+        return turn
+    return None
 
 
 class Pipeline:
@@ -106,13 +135,21 @@ class Pipeline:
         self._last_turn = last_turn
         self._known: dict[Identity, tuple[Fact, ...]] = {}  # of identities held, by the present rules
         self._pending = _Pending([0] * self._meters)
+        self._aside: deque[Iterator[int]] = deque()
 
     def take(self, port: Port, origin: Origin, part: Split, now_ms: int) -> None:
-        """Folds a part of a message that came in on a port. The caller has counted its rows before."""
+        """Folds a part of a message that came in on a port. The caller has counted its rows before.
+
+        What a full fold held is booked along with the parts that follow, more of it at a time than they
+        bring: no part waits for all of it, and it never grows.
+        """
         fold = self._folds[port]
         fold.entries(origin, part, now_ms)
         if fold.full:
-            self.drain(now_ms)
+            self._set_aside(now_ms)
+        steps = STEPS_A_PART
+        while self._aside and (steps > 0 or len(self._aside) > MAX_ASIDE):
+            steps -= self._step()
 
     def replace(self, folds: Mapping[Port, Fold], attributor: Attributor, now_ms: int) -> None:
         """Goes on with other rules; what was folded under the old ones is attributed by them."""
@@ -122,39 +159,83 @@ class Pipeline:
 
     def drain(self, now_ms: int) -> None:
         """Attributes what was folded and adds it to windows, or holds it."""
-        for fold in self._folds.values():
-            self._book(fold.drain(), now_ms)
+        for _ in self.draining(now_ms):
+            pass
 
-    def _book(self, drained: Drained, now_ms: int) -> None:
-        fates = Counter(drained.fates)
-        for (identity, window_ms), (rows, *amounts) in drained.totals.items():
-            outcome = self._attribute(identity, now_ms)
-            if isinstance(outcome, Key):
-                if self.windows.add(outcome, window_ms, rows, amounts, now_ms):
-                    self._count(amounts)
-                    continue
-                outcome = Unattributed(Reason.TENANT_LIMIT)
-            if outcome.skip:
-                fates[RowFate.COUNTED, ""] -= rows
-                fates[RowFate.SKIPPED, str(outcome.reason)] += rows
-                continue
-            self._count(amounts)
-            self._hold(window_ms, str(outcome.reason), identity, rows, amounts)
-        if drained.long_rows:
-            del fates[RowFate.STREAM, ""]
-            for row in drained.long_rows:
-                fates[self._advance(row, now_ms)] += 1
-        if self.connections is not None:
-            for sighting, start_ns in drained.sightings.items():
-                user = self._attribute(sighting.identity, now_ms)
-                if isinstance(user, Key):
-                    self.connections.saw(sighting, user, start_ns)
-            for listener_row in drained.connection_rows:
-                self._close_connection(self.connections, listener_row, now_ms)
+    def draining(self, now_ms: int) -> Iterator[None]:
+        """The same in steps; rows may be taken in between."""
+        self._set_aside(now_ms)
+        while self._aside:
+            self._step()
+            yield
+
+    def _set_aside(self, now_ms: int) -> None:
+        """Whatever is folded is to be booked; the folds begin anew."""
+        for fold in self._folds.values():
+            self._aside.append(self._book(fold.drains(BOOK), now_ms))
+
+    def _step(self) -> int:
+        """One step of what is set aside, in its order. Returns 0 where it was hardly any work."""
+        worked = next(self._aside[0], None)
+        if worked is None:
+            self._aside.popleft()
+        return worked or _NOTHING
+
+    def _book(self, pieces: Iterator[Drained], now_ms: int) -> Iterator[int]:
+        fates: Counter[tuple[str, str]] = Counter()
+        for piece in pieces:
+            fates.update(piece.fates)
+            yield from self._book_rows(piece, fates, now_ms)
+            for (identity, window_ms), (rows, *amounts) in piece.totals.items():
+                self._book_total(identity, window_ms, rows, amounts, fates, now_ms)
+            self.observed.notes.update(piece.notes)
+            self.observed.complaints.extend(piece.complaints)
+            yield _STEP if piece.totals else _NOTHING
+        # At once, or a look in between would see rows twice that are moved from one fate to another.
         self._pending.fates.update(fates)
         self.observed.rows.update(fates)
-        self.observed.notes.update(drained.notes)
-        self.observed.complaints.extend(drained.complaints)
+
+    def _book_total(
+        self,
+        identity: Identity,
+        window_ms: int,
+        rows: int,
+        amounts: list[int],
+        fates: Counter[tuple[str, str]],
+        now_ms: int,
+    ) -> None:
+        outcome = self._attribute(identity, now_ms)
+        if isinstance(outcome, Key):
+            if self.windows.add(outcome, window_ms, rows, amounts, now_ms):
+                self._count(amounts)
+                return
+            outcome = Unattributed(Reason.TENANT_LIMIT)
+        if outcome.skip:
+            fates[RowFate.COUNTED, ""] -= rows
+            fates[RowFate.SKIPPED, str(outcome.reason)] += rows
+            return
+        self._count(amounts)
+        self._hold(window_ms, str(outcome.reason), identity, rows, amounts)
+
+    def _book_rows(self, piece: Drained, fates: Counter[tuple[str, str]], now_ms: int) -> Iterator[int]:
+        """What is booked row by row: streams, and who used which connection."""
+        fates.pop((RowFate.STREAM, ""), None)
+        for number, row in enumerate(piece.long_rows, start=1):
+            fates[self._advance(row, now_ms)] += 1
+            if number % BOOK_ROWS == 0:
+                yield _STEP
+        if self.connections is None:
+            return
+        for number, (sighting, start_ns) in enumerate(piece.sightings.items(), start=1):
+            user = self._attribute(sighting.identity, now_ms)
+            if isinstance(user, Key):
+                self.connections.saw(sighting, user, start_ns)
+            if number % BOOK == 0:
+                yield _STEP
+        for number, listener_row in enumerate(piece.connection_rows, start=1):
+            self._close_connection(self.connections, listener_row, now_ms)
+            if number % BOOK_ROWS == 0:
+                yield _STEP
 
     def _attribute(self, identity: Identity, now_ms: int) -> Key | Unattributed:
         """Whom the identity's usage is billed to, unless its node brings too many of them."""
@@ -212,23 +293,61 @@ class Pipeline:
 
     def begin(self, now_ms: int, *, limit: int = 1_000, everything: bool = False) -> Turn:
         """All that changed since the last turn. ``commit`` or ``rollback`` must follow."""
-        self.drain(now_ms)
-        self._settle(now_ms)
-        pending, self._pending = self._pending, _Pending([0] * self._meters)
+        steps = self.beginning(now_ms, limit=limit, everything=everything)
+        while (turn := next_step(steps)) is None:
+            continue
+        return turn
+
+    def beginning(
+        self, now_ms: int, *, limit: int = 1_000, everything: bool = False
+    ) -> Generator[None, None, Turn]:
+        """``begin`` in steps, each of a millisecond or two; rows may be taken in between.
+
+        The turn holds the rows taken before its first step, and none that were taken after it: those wait in
+        the folds, or set aside behind it. ::
+
+            first step   folds set aside, rows read per node noted
+            then         all that is set aside is booked ─▶ due windows taken out ─▶ the cut
+            then         what changed before the cut is packed; later rows are booked beside
+        """
+        intake = dict(self._counts())
+        self._set_aside(now_ms)
+        cut = _Cut()
+        self._aside.append(self._cut(cut, now_ms, limit=limit, everything=everything))
+        yield
+        while cut.pending is None:
+            self._step()
+            yield
+        for _ in self.windows.pack():
+            yield
+        held: list[Held] = []
+        for number, (key, (rows, *amounts)) in enumerate(cut.pending.held.items(), start=1):
+            hour_ms, reason, identity, known = key
+            held.append(Held(hour_ms, reason, identity, rows, tuple(amounts), known))
+            if number % BOOK == 0:
+                yield
         self._last_turn += 1
         return Turn(
             number=self._last_turn,
-            windows=self.windows.begin(now_ms, limit=limit, everything=everything),
-            counted=tuple(pending.counted),
-            fates={fate: rows for fate, rows in pending.fates.items() if rows},
-            held=tuple(
-                Held(hour_ms, reason, identity, rows, tuple(amounts), known)
-                for (hour_ms, reason, identity, known), (rows, *amounts) in pending.held.items()
-            ),
-            intake=self._counts(),
-            streams=None if self.streams is None else self.streams.begin(),
-            connections=None if self.connections is None else self.connections.begin(),
+            windows=self.windows.turn(cut.closing),
+            counted=tuple(cut.pending.counted),
+            fates={fate: rows for fate, rows in cut.pending.fates.items() if rows},
+            held=tuple(held),
+            intake=intake,
+            streams=cut.streams,
+            connections=cut.connections,
         )
+
+    def _cut(self, cut: _Cut, now_ms: int, *, limit: int, everything: bool) -> Iterator[int]:
+        """The end of what a turn holds, set aside behind its rows: nothing else is booked meanwhile."""
+        self._settle(now_ms)
+        yield _STEP
+        for _ in self.windows.close_due(cut.closing, now_ms, limit=limit, everything=everything):
+            yield _STEP
+        self.windows.cut()
+        cut.streams = None if self.streams is None else self.streams.begin()
+        cut.connections = None if self.connections is None else self.connections.begin()
+        cut.pending, self._pending = self._pending, _Pending([0] * self._meters)
 
     def commit(self, turn: Turn) -> None:
         """The turn is durable."""

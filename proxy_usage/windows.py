@@ -14,6 +14,9 @@ The life of one cell (a key in a window), clock passed in, nothing awaited:
   a key makes at most one late event per meter and ``reopen``.
 * ``begin`` hands out what is due and what changed; ``commit`` forgets it, ``rollback`` takes it back.
   Between the two, rows go on arriving: a cell that is being closed gets a successor with an id of its own.
+* A million cells may change between two turns. So ``begin`` has steps, ``close_due``, ``cut`` and ``pack``,
+  and may pause between and within them: the turn is what there was at the cut. A cell that changes before it
+  is packed is packed first.
 * Amounts never pass ``CELL_LIMIT``: a cell that would is retired and a successor takes over, so that every
   stored integer fits in 64 bits, whatever an Envoy claims.
 """
@@ -22,13 +25,15 @@ from __future__ import annotations
 
 import heapq
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from proxy_usage.model import Amounts, Cell, Key
 
 CELL_LIMIT = 1 << 61
+PACK = 500
+"""Cells taken out or packed at a time: half a millisecond of work."""
 HOUR_MS = 3_600_000
 TENANT_IDLE_MS = 86_400_000
 """A tenant unseen for a day no longer counts against ``max_tenants``."""
@@ -43,7 +48,8 @@ class _Open:
     rows: int
     amounts: list[int]
     late: bool
-    saved: bool = False  # whether a committed checkpoint knows the cell
+    saved: bool = False  # whether a checkpoint knows the cell, or the turn that is under way
+    packed: int = 0  # the cut that it was packed for
 
 
 class Birth(NamedTuple):
@@ -55,16 +61,48 @@ class Birth(NamedTuple):
     due_ms: int
 
 
+@dataclass(slots=True)
+class _Cut:
+    """What changed up to a cut, and what of it is packed."""
+
+    number: int
+    cells: dict[int, _Open]
+    changed: list[tuple[int, ...]]
+    born: list[_Open]
+    births: list[Birth]
+
+    def pack(self, cell: _Open) -> None:
+        if cell.packed == self.number:
+            return
+        cell.packed = self.number
+        self.changed.append((cell.id, cell.rows, *cell.amounts))
+        if not cell.saved:
+            self.born.append(cell)
+            cell.saved = True  # or the turn is rolled back
+
+
 @dataclass(frozen=True, slots=True)
 class WindowTurn:
     """What one turn moves from memory to the store, in one transaction."""
 
     closing: tuple[Cell, ...]
-    born: tuple[Birth, ...]
-    changed: tuple[tuple[int, ...], ...]
+    born: list[Birth]
+    changed: list[tuple[int, ...]]
     """``(id, rows, *amounts)`` of open cells, absolute, so that applying one twice changes nothing."""
-    taken: tuple[tuple[_Open, ...], tuple[_Open, ...]] = field(repr=False, default=((), ()))
-    """The live cells behind ``closing`` and ``changed``: for ``commit`` and ``rollback`` alone."""
+    taken: tuple[list[_Open], list[_Open], dict[int, _Open]] = field(
+        repr=False, default_factory=lambda: ([], [], {})
+    )
+    """The live cells behind ``closing``, ``born`` and ``changed``: for ``rollback`` alone."""
+
+    def release(self) -> Iterator[None]:
+        """Lets go of what a turn held, ``PACK`` cells at a time: to free a million at once takes long."""
+        _, born, cells = self.taken
+        while cells or self.changed or self.born or born:
+            for held in (self.changed, self.born, born):
+                del held[-PACK:]
+            for _ in range(min(PACK, len(cells))):
+                cells.popitem()
+            yield
 
 
 class Windows:
@@ -108,6 +146,9 @@ class Windows:
         self._open: dict[tuple[int, Key], _Open] = {}
         self._queue: list[tuple[int, int, _Open]] = []  # (due, id, cell); also cells no longer in _open
         self._changed: dict[int, _Open] = {}
+        self._cut: _Cut | None = None  # while a turn is packed
+        self._cuts = 0
+        self._spare = _spare()
         self._tenants: dict[str, int] = {}
         self._tenants_swept_ms = 0
         self.late_rows = 0
@@ -136,6 +177,9 @@ class Windows:
         cell = self._with_room(key, window_ms, amounts)
         if cell is None:
             cell = self._create(key, window_ms, rows, amounts, now_ms)
+        cut = self._cut
+        if cut is not None and cell.id in cut.cells:
+            cut.pack(cell)  # as it was at the cut
         cell.rows += rows
         have = cell.amounts
         for index, more in enumerate(amounts):
@@ -205,36 +249,85 @@ class Windows:
         Exactly one of ``commit`` and ``rollback`` must follow before the next ``begin``.
         """
         closing: list[_Open] = []
+        for _ in self.close_due(closing, now_ms, limit=limit, everything=everything):
+            pass
+        self.cut()
+        for _ in self.pack():
+            pass
+        return self.turn(closing)
+
+    def close_due(
+        self, closing: list[_Open], now_ms: int, *, limit: int, everything: bool = False
+    ) -> Iterator[None]:
+        """The first step of ``begin``: takes due cells out, ``PACK`` at a time. Nothing may be added."""
         while self._queue and len(closing) < limit and (everything or self._queue[0][0] <= now_ms):
             cell = heapq.heappop(self._queue)[2]
             closing.append(cell)
             if self._open.get((cell.window_ms, cell.key)) is cell:
                 del self._open[cell.window_ms, cell.key]
             self._changed.pop(cell.id, None)
-        changed = tuple(self._changed.values())
-        self._changed = {}
-        born = tuple(cell for cell in changed if not cell.saved)
+            if len(closing) % PACK == 0:
+                yield
+
+    def cut(self) -> None:
+        """The second step: what is added from here on belongs to the next turn."""
+        assert self._cut is None, "a turn is being packed"
+        self._cuts += 1
+        # What a turn let go of is filled anew: Python's collector walks large lists while they are young.
+        cells, changed, born, births = self._spare
+        self._cut = _Cut(
+            self._cuts,
+            self._changed,
+            [] if changed else changed,
+            [] if born else born,
+            [] if births else births,
+        )
+        self._changed = {} if cells else cells
+
+    def pack(self) -> Iterator[None]:
+        """The third step: packs what changed before the cut, ``PACK`` cells at a time."""
+        cut = self._cut
+        assert cut is not None, "cut comes first"
+        for number, cell in enumerate(cut.cells.values(), start=1):
+            cut.pack(cell)
+            if number % PACK == 0:
+                yield
+        births = cut.births
+        while len(births) < len(cut.born):
+            births.extend(
+                Birth(c.id, c.window_ms, c.key, c.due_ms) for c in cut.born[len(births) : len(births) + PACK]
+            )
+            yield
+
+    def turn(self, closing: list[_Open]) -> WindowTurn:
+        """The last step: the turn, when all is packed."""
+        cut, self._cut = self._cut, None
+        assert cut is not None
+        assert len(cut.changed) == len(cut.cells), "pack it whole"
+        self._spare = cut.cells, cut.changed, cut.born, cut.births
         return WindowTurn(
             closing=tuple(Cell(c.id, c.window_ms, c.key, c.rows, tuple(c.amounts)) for c in closing),
-            born=tuple(Birth(c.id, c.window_ms, c.key, c.due_ms) for c in born),
-            changed=tuple((c.id, c.rows, *c.amounts) for c in changed),
-            taken=(tuple(closing), changed),
+            born=cut.births,
+            changed=cut.changed,
+            taken=(closing, cut.born, cut.cells),
         )
 
     def commit(self, turn: WindowTurn) -> None:
-        """The store has it: the closed cells are gone, the changed ones are saved."""
-        for cell in turn.taken[1]:
-            cell.saved = True
+        """The store has it: the closed cells are gone, the changed ones are saved, as they say already."""
 
     def rollback(self, turn: WindowTurn) -> None:
         """The store refused it: everything is as if the turn had not been taken."""
-        closing, changed = turn.taken
+        closing, born, changed = turn.taken
+        self._spare = _spare()
+        for cell in born:
+            cell.saved = False
+        # A disk may be full for hours: this costs what changed since, not all that waits to be saved.
+        changed.update(self._changed)
+        self._changed = changed
         for cell in closing:
             heapq.heappush(self._queue, (cell.due_ms, cell.id, cell))
             # A successor may have been opened meanwhile; then both close, each once.
             self._open.setdefault((cell.window_ms, cell.key), cell)
-            self._changed[cell.id] = cell
-        for cell in changed:
             self._changed[cell.id] = cell
 
     def restore(self, cells: Iterable[tuple[Cell, int]]) -> None:
@@ -258,6 +351,10 @@ class Windows:
         """The sum of all open cells per meter: a term of the conservation sum."""
         columns = zip(*(cell.amounts for _, _, cell in self._queue), strict=True)
         return tuple(sum(column) for column in columns)
+
+
+def _spare() -> tuple[dict[int, _Open], list[tuple[int, ...]], list[_Open], list[Birth]]:
+    return {}, [], [], []
 
 
 def _parts(amounts: Sequence[int]) -> Iterable[Sequence[int]]:

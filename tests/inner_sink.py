@@ -26,7 +26,7 @@ from proxy_usage.errors import StoreError
 from proxy_usage.model import Event, Meter, Origin
 from proxy_usage.outputs.base import Answer, Verdict
 from proxy_usage.outputs.billing import Billing
-from proxy_usage.pipeline import Pipeline, Port
+from proxy_usage.pipeline import Pipeline, Port, next_step
 from proxy_usage.service.build import build_mint, build_pipeline, open_storage
 from proxy_usage.store import Batch
 from proxy_usage.turn import Turn
@@ -106,11 +106,22 @@ class InnerSink:
         *,
         everything: bool = False,
         meanwhile: Callable[[], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> tuple[Event, ...]:
-        """A turn; ``meanwhile`` runs while it is under way. Rolls back before it raises."""
+        """A turn; ``between`` runs after each step of its making, ``meanwhile`` while it is under way.
+
+        Rolls back before it raises.
+        """
         self.now_ms = self.now_ms if at_ms is None else at_ms
-        turn = self.pipeline.begin(self.now_ms, everything=everything)
-        covered, self.unsaved = self.unsaved, Counter()
+        steps = self.pipeline.beginning(self.now_ms, everything=everything)
+        next(steps)
+        covered, self.unsaved = self.unsaved, Counter()  # all that came before the first step, and no more
+        while True:
+            if between is not None:
+                between()
+            turn = next_step(steps)
+            if turn is not None:
+                break
         if meanwhile is not None:
             meanwhile()
         try:
@@ -123,6 +134,8 @@ class InnerSink:
     def _commit(self, turn: Turn) -> tuple[Event, ...]:
         events = self.storage.checkpoints.commit(turn, self.mint, self.now_ms)
         self.pipeline.commit(turn)
+        for _ in turn.windows.release():
+            pass
         for event in events:
             assert event.id not in self.minted
             self.minted[event.id] = event.body

@@ -15,6 +15,7 @@ PACKAGES = ("protobuf", "grpcio", "aiohttp", "msgspec", "pydantic", "cloudevents
 
 def version(as_json: JsonOption = False) -> None:
     """Show the version and those of what it stands on."""
+    from proxy_usage.decode import CHOICE
     from proxy_usage.store.reader import SQLITE_VERSION
 
     versions: dict[str, str] = {
@@ -23,7 +24,7 @@ def version(as_json: JsonOption = False) -> None:
         "platform": f"{platform.system()} {platform.machine()}",
         "sqlite": SQLITE_VERSION,
         **{name: _installed(name) for name in PACKAGES},
-        "fold": "protobuf",
+        "fold": CHOICE.reason,
     }
     if as_json:
         emit(versions)

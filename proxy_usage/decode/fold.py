@@ -1,4 +1,4 @@
-"""Rows added up per identity and window: the inner loop of the program.
+"""Rows added up per identity and window, with protobuf: the reference, and what is careful with odd rows.
 
 Every row takes the same steps: its type, internal redirects, the operator's skip tests; then its sizes, its
 time, its identity; then it goes into a sum or, where its stream may have more rows, out as a ``StreamRow``.
@@ -7,15 +7,17 @@ time, its identity; then it goes into a sum or, where its stream may have more r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError as ProtobufError
 
 from proxy_usage.als.v1 import als_pb2 as als
-from proxy_usage.decode.framing import Split, parts
+from proxy_usage.decode.contract import Fold
+from proxy_usage.decode.framing import Split
 from proxy_usage.decode.rows import (
+    DRAIN_ROWS,
     ConnectionRow,
     Drained,
     EnvoySettings,
@@ -35,7 +37,7 @@ _MAX_COMPLAINTS = 20
 _MAX_TYPES_NAMED = 20
 _MAX_LONG_ROWS = 64
 """Each is booked by itself, and so many, and a piece of a message, may hold up the event loop at once."""
-_MAX_HELD_BYTES = 32 * 1024 * 1024
+MAX_HELD_BYTES = 32 * 1024 * 1024
 """Clients choose values of up to a header's size, so what is held is limited in bytes too."""
 _MAX_VERDICTS = 65_536
 _MAX_VERDICT_BYTES = 256
@@ -47,7 +49,7 @@ _MISROUTED: Fate = (RowFate.SKIPPED, "misrouted")
 _EARLY: Fate = (RowFate.SKIPPED, "early_periodic")
 _UNKNOWN_TYPE = Handling(skip=(RowFate.SKIPPED, "unknown_type"))
 
-_SUMS = (
+SUMS = (
     Quantity.REQUESTS,
     Quantity.WIRE_IN,
     Quantity.WIRE_OUT,
@@ -62,7 +64,7 @@ _SUMS = (
 _CellKey = tuple[int, int, bytes, tuple[bytes, ...], bool]  # window, then an Identity without its origin
 _Sizes = tuple[int, int, int, int]  # wire in and out, body in and out
 
-_NO_VALUE = b"-"
+NO_VALUE = b"-"
 """What Envoy's formatters write where there is nothing."""
 _SWITCHED = 101
 _TCP_PERIODIC, _PERIODIC = 2, 5  # AccessLogType
@@ -84,11 +86,11 @@ class _Source:
     rules: tuple[tuple[int, Reader], ...]
     dimensions: tuple[Reader, ...]
     cells: dict[_CellKey, list[int]] = field(default_factory=dict)
-    """Rows, then ``_SUMS``."""
+    """Rows, then ``SUMS``."""
 
 
-class Fold:
-    """Folds messages into totals until it is drained. Not thread-safe."""
+class ProtobufFold(Fold):
+    """The fold that opens each row with protobuf. Not thread-safe."""
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Fold:
         self._limit = identity_limit
         self._sighting = envoy.connections
         self._window_ms = plan.window_ms
-        self._columns = tuple(_SUMS.index(quantity) for quantity in plan.quantities)
+        self._columns = tuple(SUMS.index(quantity) for quantity in plan.quantities)
         self._connection_id = lookup(envoy.connection_id.encode())
         self._verdicts: dict[tuple[int, bytes], bool] = {}
         self._types_named: set[int] = set()
@@ -133,21 +135,22 @@ class Fold:
         """Whether so much is held that the caller must drain before it folds on."""
         return (
             self._held >= self._limit
-            or self._held_bytes >= _MAX_HELD_BYTES
+            or self._held_bytes >= MAX_HELD_BYTES
             or len(self._long_rows) >= _MAX_LONG_ROWS
         )
 
-    def message(self, origin: Origin, raw: bytes, now_ms: int) -> int:
-        """Folds a whole message and returns how many rows it had. Never raises on its bytes."""
-        return sum(self.entries(origin, part, now_ms) for part in parts(raw))
-
     def entries(self, origin: Origin, split: Split, now_ms: int) -> int:
         """Folds a part of a message and returns how many rows it had. Never raises on its bytes."""
+        self.some(origin, split, enumerate(split.entries), now_ms)
+        return len(split.entries)
+
+    def some(self, origin: Origin, split: Split, rows: Iterable[tuple[int, bytes]], now_ms: int) -> None:
+        """Folds these rows of a part, each with its place in it, and notes the part's damage."""
         source = self._sources.get(origin) or self._source(origin)
         self._now_ms = now_ms
         self._timing.present(now_ms)
         fates = self._fates
-        for number, raw in enumerate(split.entries):
+        for number, raw in rows:
             try:
                 fate = self._http(source, raw) if number < split.http else self._tcp(source, raw)
             except Invalid as error:
@@ -155,18 +158,17 @@ class Fold:
             except ProtobufError:
                 fate = self._invalid(origin, "malformed", number, raw)
             fates[fate] += 1
-        self._rows_read += len(split.entries)
+            self._rows_read += 1
         if split.damaged:
             self._malformed_messages += 1
             self._complain(origin, f"damaged message, rows behind the damage are lost: {split.damaged}")
-        return len(split.entries)
 
-    def drain(self) -> Drained:
-        """Hands over all that was folded since the last drain, and begins anew."""
+    def drains(self, limit: int = DRAIN_ROWS) -> Iterator[Drained]:
+        """Hands over what was folded, see ``Fold.drains``."""
         notes = dict(self._timing.notes)
         if self._malformed_messages:
             notes["malformed_message"] = self._malformed_messages
-        drained = Drained(
+        first = Drained(
             rows_read=self._rows_read,
             long_rows=self._long_rows,
             connection_rows=self._connection_rows,
@@ -175,16 +177,19 @@ class Fold:
             notes=notes,
             complaints=self._complaints,
         )
-        for source in self._sources.values():
-            for (window_ms, rule, value, dimensions, routed), (rows, *sums) in source.cells.items():
-                identity = Identity(source.plain, rule, value, dimensions, routed)
-                totals = [rows, *(sums[column] for column in self._columns)]
-                known = drained.totals.get((identity, window_ms))  # from another host
-                drained.totals[identity, window_ms] = (
-                    totals if known is None else [a + b for a, b in zip(known, totals, strict=True)]
-                )
+        sources = list(self._sources.values())
         self._begin()
-        return drained
+        return self._pieces(first, sources, limit)
+
+    def _pieces(self, piece: Drained, sources: list[_Source], limit: int) -> Iterator[Drained]:
+        for source in sources:
+            for (window_ms, rule, value, dimensions, routed), (rows, *sums) in source.cells.items():
+                if len(piece.totals) >= limit:
+                    yield piece
+                    piece = Drained()
+                identity = Identity(source.plain, rule, value, dimensions, routed)
+                piece.add(identity, window_ms, [rows, *(sums[column] for column in self._columns)])
+        yield piece
 
     def _source(self, origin: Origin) -> _Source:
         paths = self._plan.node_paths
@@ -261,7 +266,7 @@ class Fold:
         window_ms = at_ms - at_ms % self._window_ms
         rule, value = self._tenant_value(source, common, request)
         values = [read(common, request) for read in source.dimensions]
-        dimensions = tuple([b"" if value == _NO_VALUE else value for value in values])
+        dimensions = tuple([b"" if value == NO_VALUE else value for value in values])
         # Only a route (or a TCP proxy) chooses a cluster: rows of routes without a name have one too.
         routed = bool(common.route_name or common.upstream_cluster)
         if self._sighting and (handling.connection or start_ns):
@@ -279,7 +284,7 @@ class Fold:
         if finished:
             cell = source.cells.get((window_ms, rule, value, dimensions, routed))
             if cell is None:
-                cell = source.cells[window_ms, rule, value, dimensions, routed] = [0] * (1 + len(_SUMS))
+                cell = source.cells[window_ms, rule, value, dimensions, routed] = [0] * (1 + len(SUMS))
                 self._hold(value, *dimensions)
             cell[0] += 1
             cell[1] += handling.requests
@@ -320,7 +325,7 @@ class Fold:
         refused, first = -1, b""
         for rule, read in source.rules:
             value = read(common, request)
-            if value and value != _NO_VALUE:
+            if value and value != NO_VALUE:
                 verdict = self._verdicts.get((rule, value))
                 if self._judge(rule, value) if verdict is None else verdict:
                     return rule, value

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError as ProtobufError
 
 from proxy_usage.als.v1 import als_pb2 as als
+from proxy_usage.decode.choice import CHOICE
 from proxy_usage.decode.values import at_path
 from proxy_usage.errors import DecodeError
 from proxy_usage.model import Origin
@@ -32,14 +33,16 @@ _FIELDS_BEFORE_IDENTIFIER = 1_000
 
 _ELSE, _IDENTIFIER, _HTTP_LOGS, _TCP_LOGS = range(4)  # _ELSE apart, the field numbers in Message
 _LOG_ENTRY = 1  # field number in Rows
+_MORE, _END = range(2)  # of the extension's ``scan``; any other state: what follows is odd
 _VARINT, _FIXED64, _BYTES, _GROUP, _GROUP_END, _FIXED32 = range(6)
 
 
 class Split(NamedTuple):
     """Rows of one message, or of a slice of it, still closed."""
 
-    entries: list[bytes]
-    """The HTTP rows, then the TCP rows. (Envoy's messages hold only one kind.)"""
+    entries: Sequence[bytes]
+    """The HTTP rows, then the TCP rows. (Envoy's messages hold only one kind.) The extension's sequence
+    makes bytes of a row only when asked for it."""
     http: int
     """How many of ``entries``, from the first on, are HTTP rows."""
     damaged: str | None = None
@@ -48,10 +51,35 @@ class Split(NamedTuple):
 
 def parts(raw: bytes) -> Iterator[Split]:
     """The message in pieces that each may be folded without a pause. Never raises."""
+    if CHOICE.native is not None:
+        return _scanned(CHOICE.native, raw)
+    return protobuf_parts(raw)
+
+
+def protobuf_parts(raw: bytes) -> Iterator[Split]:
+    """The same without the extension."""
     if len(raw) > WHOLE_BYTES:
-        yield from slices(raw)
+        return slices(raw)
+    return _pieces(split(raw))
+
+
+def _scanned(native: Any, raw: bytes) -> Iterator[Split]:
+    """The same with the extension, as far as the message is plain."""
+    size = len(raw)
+    if size <= WHOLE_BYTES:
+        entries, http, *_, state = native.scan(raw, 0, _ELSE, size, size + 1, size + 1)
+        yield from _pieces(Split(entries, http)) if state == _END else protobuf_parts(raw)
         return
-    whole = split(raw)
+    pos, inside, stop, state = 0, _ELSE, size, _MORE
+    while state == _MORE:
+        entries, http, pos, inside, stop, state = native.scan(raw, pos, inside, stop, SLICE_BYTES, PART_ROWS)
+        if state == _MORE or len(entries):
+            yield Split(entries, http)
+    if state != _END:
+        yield from slices(raw, place=(pos, inside, stop))
+
+
+def _pieces(whole: Split) -> Iterator[Split]:
     if len(whole.entries) <= PART_ROWS:
         yield whole
         return
@@ -74,17 +102,19 @@ def split(raw: bytes) -> Split:
     return Split([*http, *message.tcp_logs.log_entry], len(http))
 
 
-def slices(raw: bytes, size: int = SLICE_BYTES) -> Iterator[Split]:
+def slices(raw: bytes, size: int = SLICE_BYTES, place: tuple[int, int, int] | None = None) -> Iterator[Split]:
     """The message in pieces of about ``size`` bytes, none copied before it is asked for. Never raises.
 
-    A piece may be empty: a stretch of the message that holds no rows.
+    A piece may be empty: a stretch of the message that holds no rows. ``place`` is where to go on: a byte,
+    the list of rows that it is in (0: none), and where that, or the message, ends.
     """
     http: list[bytes] = []
     tcp: list[bytes] = []
-    begun = 0
+    place = place or (0, _ELSE, len(raw))
+    begun = place[0]
     damaged = None
     try:
-        for field, start, stop in _walk(raw):
+        for field, start, stop in _walk(raw, place):
             if field == _HTTP_LOGS:
                 http.append(raw[start:stop])
             elif field == _TCP_LOGS:
@@ -110,7 +140,9 @@ def read_identifier(raw: bytes, peer: str, node_paths: Sequence[tuple[str, ...]]
     """
     found = []
     try:
-        for field, start, stop in islice(_walk(raw, rows=False), _FIELDS_BEFORE_IDENTIFIER):
+        for field, start, stop in islice(
+            _walk(raw, (0, _ELSE, len(raw)), rows=False), _FIELDS_BEFORE_IDENTIFIER
+        ):
             if field == _IDENTIFIER:
                 found.append(raw[start:stop])
     except DecodeError:
@@ -155,7 +187,7 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-def _walk(raw: bytes, *, rows: bool = True) -> Iterator[tuple[int, int, int]]:
+def _walk(raw: bytes, place: tuple[int, int, int], *, rows: bool = True) -> Iterator[tuple[int, int, int]]:
     """``(field, start, stop)`` of everything in a message, in its order; field ``_ELSE`` is not for us.
 
     With ``rows`` the walk goes into http_logs and tcp_logs and gives each row under the number of these;
@@ -163,8 +195,7 @@ def _walk(raw: bytes, *, rows: bool = True) -> Iterator[tuple[int, int, int]]:
 
     Raises ``DecodeError``, naming the byte, where it cannot go on.
     """
-    pos = 0
-    inside, stop = _ELSE, len(raw)  # in which list of rows; where it, or the message, ends
+    pos, inside, stop = place  # in which list of rows; where it, or the message, ends
     overrun = ""  # set while in a list that claims to go on behind the end of the message
     groups: list[int] = []  # the open groups: an old encoding, stepped over with all that is in it
     while True:

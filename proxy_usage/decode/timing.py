@@ -38,9 +38,7 @@ class Timing:
         self._duration_tag = lookup(envoy.duration_ms.encode())
         self._emit_tag = lookup(envoy.emit_us.encode())
         interval_ms = envoy.flush_interval_ms
-        self._finished_below_ns = (
-            MAX_DURATION_NS + 1 if interval_ms is None else interval_ms * 9 * NS_PER_MS // 10
-        )
+        self._finished_below_ns = finished_below_ns(envoy)
         # Where only short rows go, Envoy's own filter vouches for one that does not say how long it took.
         self._exact_matters = interval_ms is not None and not envoy.short_only
         self.notes: defaultdict[str, int] = defaultdict(int)
@@ -112,6 +110,12 @@ class Timing:
         else:
             return at_ns
         return self._now_ns
+
+
+def finished_below_ns(envoy: EnvoySettings) -> int:
+    """A stream that was open for less, and has ended, never had a periodic row."""
+    interval_ms = envoy.flush_interval_ms
+    return MAX_DURATION_NS + 1 if interval_ms is None else interval_ms * 9 * NS_PER_MS // 10
 
 
 def _span_ns(duration: Any) -> int:

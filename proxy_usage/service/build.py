@@ -16,7 +16,7 @@ from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.config.outputs import OutputConfig
 from proxy_usage.connections import Connections
-from proxy_usage.decode import EnvoySettings, Fold, SkipTest, Split
+from proxy_usage.decode import EnvoySettings, Fold, SkipTest, Split, new_fold
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ConfigError
 from proxy_usage.events import Mint
@@ -41,7 +41,7 @@ from proxy_usage.windows import Windows
 PortSink = Callable[[Port, Origin, Split, int], None]
 
 FOLD_IDENTITIES = 5_000
-"""Identities folded before they are drained: bounds how long one drain holds the event loop."""
+"""Identities folded before they are set aside, to be booked along with what follows."""
 
 
 def clock_ms() -> int:
@@ -96,9 +96,10 @@ def build_folds(config: Config, attributor: Attributor) -> dict[Port, Fold]:
     if config.listen.streams is not None:
         ports = {Port.SHORT: replace(settings, short_only=True), Port.STREAMS: settings}
     return {
-        port: Fold(
+        port: new_fold(
             plan,
             accepts=attributor.accepts,
+            plain=attributor.plain_rules,
             envoy=envoy_settings,
             skip=skip,
             identity_limit=FOLD_IDENTITIES,

@@ -94,9 +94,8 @@ def build_couriers(
                     numbers[output.name],
                     output.batch.events,
                     output.batch.linger,
-                    1
-                    if output.format == "file"
-                    else output.concurrency,  # so that a crash leaves one batch in doubt
+                    # An archive takes one batch at a time, so that a crash leaves one in doubt.
+                    1 if output.format == "file" else output.concurrency,
                     config.windows.late_horizon,
                 ),
                 StoredBacklog(storage.queue, thread),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable, Iterator
 
 import structlog
@@ -13,7 +12,7 @@ from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.control import ControlServer
-from proxy_usage.decode import Split
+from proxy_usage.decode import CHOICE, Split
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
 from proxy_usage.intake import OTHERS
@@ -32,6 +31,7 @@ from proxy_usage.service.build import (
     clock_ms,
 )
 from proxy_usage.service.checking import check_beside
+from proxy_usage.service.collector import collect_seldom, settle
 from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.reloading import prepare
@@ -127,7 +127,7 @@ class Service:
         Raises:
             ListenError: a port cannot be had.
         """
-        self._metrics.info.labels(version=__version__, fold="protobuf").set(1)
+        self._metrics.info.labels(version=__version__, fold=CHOICE.reason).set(1)
         for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
             self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
@@ -148,10 +148,8 @@ class Service:
         for watch in self._guards():
             self._stages[watch.get_name()] = watch
         self._started = True
-        # What was built until here stays: collections need not walk it again and again (158 ms at a time with
-        # a million streams).
-        gc.collect()
-        gc.freeze()
+        settle()
+        self._stages["memory"] = asyncio.create_task(collect_seldom(), name="memory")
         log.info(
             "serving",
             version=__version__,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
 from proxy_usage.metrics import Metrics
-from proxy_usage.pipeline import Pipeline
+from proxy_usage.pipeline import Pipeline, next_step
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.observing import Observer
 from proxy_usage.store import Checkpoints, Database
@@ -146,10 +146,10 @@ class Turns:
         """
         now_ms = self.beat_ms = self._clock_ms()
         if (self._in_doubt is not None or self._database.broken) and not await self._resolve():
-            self._pipeline.drain(now_ms)
+            await _paused(self._pipeline.draining(now_ms))
             self.observer.look(self._pipeline, now_ms)
             return False
-        turn = self._pipeline.begin(now_ms, limit=self._slice)
+        turn = await self._begin(now_ms)
         self.observer.look(self._pipeline, now_ms)
         if turn.is_empty:
             self._pipeline.commit(turn)
@@ -163,6 +163,7 @@ class Turns:
             return False
         self._pipeline.commit(turn)
         self._worked(now_ms)
+        await _paused(turn.windows.release())
         self._metrics.checkpoints.inc()
         if events:
             self._metrics.minted.inc(len(events))
@@ -170,6 +171,22 @@ class Turns:
             self._on_events()
         due_ms = self._pipeline.windows.next_due_ms()
         return due_ms is not None and due_ms <= now_ms
+
+    async def _begin(self, now_ms: int) -> Turn:
+        """Makes a turn step by step: streams are read in between."""
+        steps = self._pipeline.beginning(now_ms, limit=self._slice)
+        turn = next_step(steps)
+        try:
+            while turn is None:
+                await asyncio.sleep(0)
+                turn = next_step(steps)
+        except asyncio.CancelledError:
+            # Half a turn is in nobody's hands: it is made whole and given back.
+            while turn is None:
+                turn = next_step(steps)
+            self._pipeline.rollback(turn)
+            raise
+        return turn
 
     async def _resolve(self) -> bool:
         """Opens a broken store anew, and finds out whether a turn whose commit broke off took effect.
@@ -213,3 +230,9 @@ class Turns:
             log.info("checkpoint works again")
         self.durable_ms, self.failure = now_ms, None
         self._slice = min(SLICE, 2 * self._slice)
+
+
+async def _paused(steps: Iterator[None]) -> None:
+    """Work in steps, with everybody else's turn after each."""
+    for _ in steps:
+        await asyncio.sleep(0)

@@ -1,17 +1,18 @@
 """Turns: what the pipeline added since the last one becomes durable, and due windows become events.
 
-A turn is one transaction. It appends one packed record to ``log`` (open cells that changed, absolute; ids of
-cells that closed), mints the events of the cells that close, and adds up the counters; so that after a crash
-at any point the store holds either all of a turn or none of it. Records are folded together when they
-outgrow what they describe.
+A turn is one transaction. It appends packed records to ``log`` (open cells that changed, absolute; ids of
+cells that closed; some thousand cells each, for who packs holds Python's lock), mints the events of the cells
+that close, and adds up the counters; so that after a crash at any point the store holds either all of a turn
+or none of it. Records are folded together when they outgrow what they describe.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 from types import MappingProxyType
 
 import msgspec
@@ -26,6 +27,8 @@ from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
 from proxy_usage.turn import Held, Layout, OutputSlot, Recovered, Turn
 
+RECORD_CELLS = 2_000
+"""Cells in a record at most: to pack or to open so many holds up the event loop's thread for half a ms."""
 FOLD_BYTES = 256 << 10
 """Records are folded when those since the last fold outgrow this and three times the folded one."""
 REMAINDER_IDLE_MS = 35 * 86_400_000
@@ -55,9 +58,11 @@ class Checkpoints:
         """Bound on rows of unattributed usage."""
         with database.reading() as db:
             self._held = db.execute("SELECT count(*) FROM held").fetchone()[0]
-            sizes = [row[0] for row in db.execute("SELECT length(record) FROM log ORDER BY seq")]
-        self._base: int = sizes[0] if sizes else 0
-        self._grown: int = sum(sizes[1:])
+            last = db.execute("SELECT value FROM meta WHERE name='log_base'").fetchone()
+            base = int(last[0]) if last else db.execute("SELECT coalesce(min(seq), 0) FROM log").fetchone()[0]
+            sizes = "SELECT coalesce(sum(length(record)), 0) FROM log WHERE seq"
+            self._base: int = db.execute(f"{sizes} <= ?", (base,)).fetchone()[0]
+            self._grown: int = db.execute(f"{sizes} > ?", (base,)).fetchone()[0]
         self.outputs: tuple[OutputSlot, ...] = ()
 
     # --- starting ---------------------------------------------------------------------------------------
@@ -144,17 +149,15 @@ class Checkpoints:
         Returns the new events. Raises StoreFull or StoreUnavailable, and then nothing has changed: the
         caller rolls its turn back and tries again with the next one.
         """
-        record = Record(
-            born=[(b.id, b.window_ms, b.key.tenant, b.key.dimensions, b.due_ms) for b in turn.windows.born],
-            changed=list(turn.windows.changed),
-            closed=[cell.id for cell in turn.windows.closing],
-        )
-        packed = _encode(record) if record.born or record.changed or record.closed else b""
+        windows = turn.windows
+        births = ((b.id, b.window_ms, b.key.tenant, b.key.dimensions, b.due_ms) for b in windows.born)
+        closed = [cell.id for cell in windows.closing]
+        records = list(_records(births, windows.changed, closed))
         held_before = self._held
         try:
             with self._database.transaction(usage=True) as db:
                 events = self._close(db, turn.windows.closing, mint, now_ms)
-                if packed:
+                for packed in records:
                     db.execute("INSERT INTO log(record) VALUES(?)", (packed,))
                 names = [meter.name for meter in mint.meters]
                 for held in turn.held:
@@ -173,7 +176,7 @@ class Checkpoints:
         except BaseException:
             self._held = held_before
             raise
-        self._grown += len(packed)
+        self._grown += sum(map(len, records))
         return events
 
     def last_turn(self) -> int:
@@ -192,20 +195,22 @@ class Checkpoints:
         return self._grown > max(FOLD_BYTES, 3 * self._base)
 
     def fold(self) -> None:
-        """Folds the log into one record. What it says does not change.
+        """Folds the log into as few records as there may be. What it says does not change.
 
         A transaction of its own: a turn that was committed stays committed when this fails.
         """
         with self._database.transaction() as db:
             cells = fold_log(db)
-            record = Record(
-                [birth for birth, _ in cells.values()], [state for _, state in cells.values()], []
-            )
-            packed = _encode(record)
+            births, states = (birth for birth, _ in cells.values()), [state for _, state in cells.values()]
             last = db.execute("SELECT coalesce(max(seq), 0) FROM log").fetchone()[0]
             db.execute("DELETE FROM log")
-            db.execute("INSERT INTO log(seq, record) VALUES(?,?)", (last + 1, packed))
-        self._base, self._grown = len(packed), 0
+            base = 0
+            for packed in _records(births, states, []) if cells else (_encode(Record([], [], [])),):
+                last += 1
+                db.execute("INSERT INTO log(seq, record) VALUES(?,?)", (last, packed))
+                base += len(packed)
+            db.execute("INSERT OR REPLACE INTO meta VALUES('log_base', ?)", (str(last),))
+        self._base, self._grown = base, 0
 
     def write_off(self, now_ms: int, limit: int = 500) -> int:
         """Writes off remainders unused for 35 days, each as a row of the ledger. Returns how many keys."""
@@ -353,6 +358,16 @@ def key_number(
     ).lastrowid
     assert number is not None
     return number, {}
+
+
+def _records(
+    births: Iterable[_Birth], states: Sequence[tuple[int, ...]], closed: Sequence[int]
+) -> Iterator[bytes]:
+    """Packed records of at most ``RECORD_CELLS`` each; none where there is nothing to say."""
+    births = iter(births)
+    for first in range(0, max(len(states), len(closed)), RECORD_CELLS):
+        part = slice(first, first + RECORD_CELLS)
+        yield _encode(Record(list(islice(births, RECORD_CELLS)), list(states[part]), list(closed[part])))
 
 
 def fold_log(db: sqlite3.Connection) -> dict[int, tuple[_Birth, tuple[int, ...]]]:

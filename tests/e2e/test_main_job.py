@@ -1,14 +1,16 @@
 """The main job: what four tenants sent through a real Envoy is what the billing endpoint was told, exactly.
 
-One run, looked at from all sides: by the client's socket, by Envoy's log file, by a second consumer of the
-same rows, by the endpoint, by the sink's own store.
+One run with each of the two folds, looked at from all sides: by the client's socket, by Envoy's log file, by
+a second consumer of the same rows, by the endpoint, by the sink's own store.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from envoy.data.accesslog.v3 import accesslog_pb2
 from harness import Row, World
 from program import intake_rows
 
+from proxy_usage.decode.choice import SWITCH, choose
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.checks import METERS
 from proxy_usage.demo.compare import Spent
@@ -58,10 +61,22 @@ class Run:
         ]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def run(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["as it comes", "protobuf"])
+async def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Run]:
     directory = tmp_path_factory.mktemp("main")
+    with pytest.MonkeyPatch.context() as environ:
+        if request.param == "protobuf":
+            environ.setenv(SWITCH, "protobuf")
+        expected = choose(os.environ).reason
+        async for made in run_once(directory, expected):
+            yield made
+
+
+async def run_once(directory: Path, expected_fold: str) -> AsyncIterator[Run]:
+    """The run, by the fold that the environment chooses; `expected_fold` is what /metrics must say."""
     async with World(directory, tenants=4, record=True, concurrency=2) as world:
+        _, exposition = await world.sink.get("/metrics")
+        assert f'proxy_usage_build_info{{fold="{expected_fold}"' in exposition
         await world.send(SENT, strays=STRAYS)
         await world.stop_envoy()
         await world.equal()

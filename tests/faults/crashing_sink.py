@@ -61,7 +61,7 @@ Trace = Callable[[str], None]
 
 def watch_turns(crash: Crash, trace: Trace) -> None:
     """Traces what is read and saved; the points of folding and of checkpoints."""
-    take, begin, commit = Pipeline.take, Pipeline.begin, Checkpoints.commit
+    take, begin, commit = Pipeline.take, Pipeline.beginning, Checkpoints.commit
 
     def traced_take(self: Pipeline, port: Any, origin: Any, part: Any, now_ms: int) -> None:
         trace(f"read {len(part.entries)}")
@@ -77,7 +77,7 @@ def watch_turns(crash: Crash, trace: Trace) -> None:
         take(self, port, origin, rest, now_ms)
 
     def traced_begin(self: Pipeline, now_ms: int, **more: Any) -> Any:
-        trace("begin")
+        trace("begin")  # its first step follows at once, and what was read before that is in the turn
         return begin(self, now_ms, **more)
 
     def traced_commit(self: Checkpoints, turn: Any, mint: Any, now_ms: int) -> Any:
@@ -104,7 +104,7 @@ def watch_turns(crash: Crash, trace: Trace) -> None:
         return events
 
     Pipeline.take = traced_take  # type: ignore[method-assign]
-    Pipeline.begin = traced_begin  # type: ignore[method-assign]
+    Pipeline.beginning = traced_begin  # type: ignore[method-assign]
     Checkpoints.commit = traced_commit  # type: ignore[method-assign]
 
 

@@ -1,10 +1,14 @@
-"""What a sender's bytes meet in the process, without sockets and store, and what must always hold."""
+"""What a sender's bytes meet in the process, without sockets and store, and what must always hold.
+
+Both folds are given each message, under plans of every kind: what one drains to the other must, too.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 
+from plans import KINDS, ORIGINS, fold_of
 from wire import CAPTURES, captured
 
 from proxy_usage.config import Config
@@ -71,6 +75,7 @@ class Target:
             connections=build_connections(config),
         )
         self.amounts = [0] * len(self.plan.quantities)
+        self.pairs = [fold_of(kind) for kind in KINDS]
 
     def message(self, raw: bytes) -> None:
         """What the receiver does with a message, and some more. AssertionError when something is lost."""
@@ -86,6 +91,10 @@ class Target:
         whole, pieces = split(raw), list(slices(raw, 16))
         assert sorted(whole.entries) == sorted(entry for piece in pieces for entry in piece.entries)
         assert whole.http == sum(piece.http for piece in pieces)
+        pair = self.pairs[self.messages % len(self.pairs)]
+        pair.message(ORIGINS[self.messages % len(ORIGINS)], raw, NOW_MS + self.messages)
+        if pair.full or self.messages % 16 < len(self.pairs):
+            pair.drain()
         self._turn()
 
     def _turn(self) -> None:

@@ -40,6 +40,16 @@ sizes = st.one_of(st.integers(0, 5_000), st.integers(0, MAX_BYTES - 1))
 durations_ns = st.one_of(st.integers(0, 3 * NS_PER_SECOND), st.integers(0, 400 * DAY_MS * NS_PER_MS))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_steps() -> Iterator[None]:
+    """Turns are made in steps of a cell, a total, a row: others come in between."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("proxy_usage.windows.PACK", 1)
+        changed.setattr("proxy_usage.pipeline.BOOK", 1)
+        changed.setattr("proxy_usage.pipeline.BOOK_ROWS", 1)
+        yield
+
+
 class Row:
     """A row to be sent and what must become of it: a fate, and amounts where it is counted."""
 
@@ -116,7 +126,7 @@ steps = st.one_of(
     st.tuples(st.just("cut"), st.lists(rows, min_size=1, max_size=4), st.integers(1, 9)),
     st.tuples(st.just("wait"), st.sampled_from([250, 5_000, 66_000, 90_000, HOUR_MS, -5_000, -2 * HOUR_MS])),
     st.tuples(st.just("turn"), st.lists(rows, max_size=2)),
-    st.tuples(st.just("turn"), st.lists(rows, max_size=2)),
+    st.tuples(st.just("turn"), st.lists(rows, max_size=12)),
     st.tuples(st.just("full"), st.integers(0, 3), st.lists(rows, max_size=2)),
     st.tuples(st.just("deliver"), st.lists(answers, min_size=1, max_size=8)),
     st.tuples(st.just("deliver"), st.lists(answers, min_size=1, max_size=8)),
@@ -227,11 +237,11 @@ class Run:
             case ("wait", by_ms):
                 sink.now_ms += by_ms
             case ("turn", sent):
-                self.turn(sent)
+                self.turn(sent[:2], between=sent[2:])
             case ("full", pages, sent):
                 full(sink, pages)
                 with suppress(StoreFull):
-                    self.turn(sent)
+                    self.turn(sent[:1], between=sent[1:])
                 roomy(sink)
             case ("deliver", script):
                 self.endpoint.follow(script)
@@ -249,11 +259,21 @@ class Run:
         self.sink.read(*(row.build(self.sink.now_ms) for row in sent), node=node)
         self.sums.sent(sent)
 
-    def turn(self, meanwhile: list[Row], *, everything: bool = False) -> None:
+    def turn(
+        self, meanwhile: list[Row], *, everything: bool = False, between: list[Row] | None = None
+    ) -> None:
         covered, self.sums.unsaved = self.sums.unsaved, Counter()
+        waiting = list(between or ())
+
+        def one_more() -> None:
+            if waiting:
+                self.read([waiting.pop()])
+
         try:
             self.sink.turn(
-                everything=everything, meanwhile=lambda: self.read(meanwhile) if meanwhile else None
+                everything=everything,
+                meanwhile=lambda: self.read(meanwhile) if meanwhile else None,
+                between=one_more,
             )
         except StoreFull:
             self.sums.unsaved.update(covered)

@@ -1,8 +1,10 @@
 """Windows against a model that is a dictionary of sums, for any order of rows, turns and clocks."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -13,6 +15,14 @@ from proxy_usage.windows import CELL_LIMIT, WindowTurn
 
 keys = st.builds(key, st.sampled_from(["alpha", "beta", "gamma"]), route=st.sampled_from(["web", "api", "x"]))
 amounts = st.one_of(st.integers(0, 10), st.integers(0, 3 * CELL_LIMIT))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_steps() -> Iterator[None]:
+    """Turns are packed cell by cell."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("proxy_usage.windows.PACK", 1)
+        yield
 
 
 class WindowsModel(RuleBasedStateMachine):
@@ -31,6 +41,9 @@ class WindowsModel(RuleBasedStateMachine):
 
     @rule(whose=keys, minutes=st.integers(-4, 2), amount=amounts, rows=st.integers(0, 3))
     def add(self, whose: Key, minutes: int, amount: int, rows: int) -> None:
+        self._add(whose, minutes, amount, rows)
+
+    def _add(self, whose: Key, minutes: int, amount: int, rows: int) -> None:
         window_ms = self.now_ms - self.now_ms % MINUTE_MS + minutes * MINUTE_MS
         if self.windows.add(whose, window_ms, rows, (amount,), self.now_ms):
             self.added[whose, window_ms] += amount
@@ -51,6 +64,27 @@ class WindowsModel(RuleBasedStateMachine):
         due = before is not None and (everything or before <= self.now_ms)
         assert bool(self.under_way.closing) == due
         assert {birth.id for birth in self.under_way.born} <= {state[0] for state in self.under_way.changed}
+
+    @precondition(lambda self: self.under_way is None)
+    @rule(
+        limit=st.integers(1, 5),
+        adds=st.lists(st.tuples(keys, st.integers(-4, 2), amounts, st.integers(0, 3)), max_size=8),
+    )
+    def begin_in_steps(self, limit: int, adds: list[tuple[Key, int, int, int]]) -> None:
+        """As ``begin``, with usage added while it is packed: the turn is what there was at the cut."""
+        closing: list[Any] = []
+        for _ in self.windows.close_due(closing, self.now_ms, limit=limit):
+            pass
+        expected = {cell.id: (cell.id, cell.rows, *cell.amounts) for cell in self.windows._changed.values()}
+        born = {cell.id for cell in self.windows._changed.values() if not cell.saved}
+        self.windows.cut()
+        for _ in self.windows.pack():
+            if adds:
+                self._add(*adds.pop())
+        self.under_way = self.windows.turn(closing)
+        assert {state[0]: state for state in self.under_way.changed} == expected
+        assert len(self.under_way.changed) == len(expected)
+        assert {birth.id for birth in self.under_way.born} == born
 
     @precondition(lambda self: self.under_way is not None)
     @rule()

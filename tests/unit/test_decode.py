@@ -15,6 +15,7 @@ from folding import (
     ORIGIN,
     PRESENT_MS,
     STREAM,
+    Both,
     fold,
     only,
     plan,
@@ -22,7 +23,7 @@ from folding import (
 )
 from wire import NOW_MS, START_NS, http_row, message, tcp_row
 
-from proxy_usage.decode import EnvoySettings, Fold, StreamRow
+from proxy_usage.decode import EnvoySettings, StreamRow
 from proxy_usage.model import MAX_BYTES, MAX_DURATION_NS, NS_PER_MS, NS_PER_SECOND, Identity, Quantity
 
 INTERVAL_MS = 60_000
@@ -86,7 +87,7 @@ def test_a_flush_interval_changes_nothing_about_them(type_: int) -> None:
 
 
 def test_an_unknown_type_is_complained_about_once() -> None:
-    folder = Fold(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings())
+    folder = Both(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings())
     for _ in range(3):
         folder.message(ORIGIN, message(http_row(type=77), http_row(type=77)), NOW_MS)
     (complaint,) = folder.drain().complaints

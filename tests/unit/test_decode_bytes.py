@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 import wire
-from folding import COUNTED, EVERYTHING, LONG, ORIGIN, PROJECT, VHOST, plan
+from folding import (
+    COMPILED,
+    COUNTED,
+    EVERYTHING,
+    LONG,
+    ORIGIN,
+    PROJECT,
+    VHOST,
+    Both,
+    needs_extension,
+    only,
+    plan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import NOW_MS, captured, http_row, message, tcp_row, truth
@@ -16,20 +28,22 @@ from proxy_usage.decode import (
     WHOLE_BYTES,
     Drained,
     EnvoySettings,
-    Fold,
     Split,
     parts,
     read_identifier,
     slices,
     split,
 )
+from proxy_usage.decode.compiled import CompiledFold
+from proxy_usage.decode.fold import ProtobufFold
+from proxy_usage.decode.folding import new_fold
 from proxy_usage.errors import DecodeError
 from proxy_usage.model import Field, FieldKind, Origin
 
 
-def folder(**changes: Any) -> Fold:
+def folder(**changes: Any) -> Both:
     settings: dict[str, Any] = {"accepts": lambda _rule, _text: True, "envoy": EnvoySettings()}
-    return Fold(plan(), **settings | changes)
+    return Both(plan(), **settings | changes)
 
 
 # ── captures ──
@@ -41,7 +55,7 @@ TENANT_HEADER = Field(FieldKind.CUSTOM_TAG, ("h",))
 def replay(name: str, envoy: EnvoySettings) -> tuple[Drained, list[tuple[int, Origin]]]:
     """A capture folded, received at once when its last row was written."""
     now_ms = 1_795_304_000_000
-    fold = Fold(plan(rules=(PROJECT, VHOST, LISTENER)), accepts=lambda _rule, _text: True, envoy=envoy)
+    fold = Both(plan(rules=(PROJECT, VHOST, LISTENER)), accepts=lambda _rule, _text: True, envoy=envoy)
     origins: dict[int, Origin] = {}
     for stream, raw in captured(name):
         if origin := read_identifier(raw, "", ()):
@@ -130,7 +144,7 @@ def test_invalid_utf8_costs_no_row() -> None:
         return False
 
     ((_, raw),) = captured("invalid_utf8")
-    fold = Fold(plan(rules=(TENANT_HEADER,)), accepts=accepts, envoy=EnvoySettings())
+    fold = Both(plan(rules=(TENANT_HEADER,)), accepts=accepts, envoy=EnvoySettings())
     assert fold.message(ORIGIN, raw, NOW_MS) == truth("invalid_utf8")["requests"]
     drained = fold.drain()
     assert sum(total[0] for total in drained.totals.values()) == drained.fates[COUNTED] == 4
@@ -364,7 +378,7 @@ def test_remembered_verdicts_are_bounded() -> None:
         asked[text] += 1
         return True
 
-    fold = folder(accepts=accepts, identity_limit=200_000)
+    fold = ProtobufFold(plan(), accepts=accepts, envoy=EnvoySettings(), identity_limit=200_000)
     rows = [http_row(tags={"project_name": str(number)}).SerializeToString() for number in range(66_000)]
     fold.message(ORIGIN, framed(rows), NOW_MS)
     assert set(asked.values()) == {1}
@@ -373,6 +387,30 @@ def test_remembered_verdicts_are_bounded() -> None:
     long = http_row(tags={"project_name": "y" * 300})
     fold.message(ORIGIN, message(long, long), NOW_MS)
     assert asked["y" * 300] == 2
+
+
+@needs_extension
+def test_answers_that_the_walker_remembers_are_bounded() -> None:
+    asked = Counter[str]()
+
+    def accepts(_rule: int, text: str) -> bool:
+        asked[text] += 1
+        return text != "000000"
+
+    fold = new_fold(plan(), accepts=accepts, envoy=EnvoySettings(), identity_limit=1_000, choice=COMPILED)
+    assert isinstance(fold, CompiledFold)
+    row = http_row(tags={"project_name": "000000"}).SerializeToString()
+    most = 0
+    for first in range(0, 300_000, 20_000):
+        rows = [row.replace(b"000000", b"%06d" % number) for number in range(first, first + 20_000)]
+        fold.message(ORIGIN, framed(rows), NOW_MS)
+        most = max(most, fold.answers)
+        fold.drain()
+    assert set(asked.values()) == {1}
+    assert 100_000 < most <= 1 << 17
+    fold.message(ORIGIN, framed([row, row]), NOW_MS)  # its answer was forgotten
+    assert asked["000000"] == 2
+    assert only(fold.drain())[0].rule == -1
 
 
 def test_tcp_messages_in_slices_stay_tcp() -> None:

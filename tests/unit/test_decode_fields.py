@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import wire
-from folding import COUNTED, LONG, ORIGIN, PROJECT, VHOST, fold, identity_of, only, plan
+from folding import COUNTED, LONG, ORIGIN, PROJECT, VHOST, Both, fold, identity_of, only, plan
 from wire import NOW_MS, http_row, message, tcp_row
 
-from proxy_usage.decode import EnvoySettings, Fold, SkipTest, read_identifier
+from proxy_usage.decode import EnvoySettings, SkipTest, read_identifier
 from proxy_usage.errors import DecodeError
 from proxy_usage.model import Field, FieldKind, Origin
 
@@ -64,7 +64,7 @@ def test_only_the_first_rule_that_takes_its_value_counts() -> None:
 
     chosen = identity_of(http_row(tags=tags), http_row(tags=tags), accepts=accepts)
     assert (chosen.rule, chosen.value) == (1, b"alpha")
-    assert asked == [(0, "UPPER"), (1, "alpha")]  # once each, not once a row
+    assert asked == 2 * [(0, "UPPER"), (1, "alpha")]  # each fold once, not once a row
 
 
 def test_a_matched_rule_hides_the_fields_behind_it() -> None:
@@ -152,7 +152,7 @@ def test_a_value_nested_past_every_limit_costs_only_itself() -> None:
     read = Field(FieldKind.DYNAMIC_METADATA, ("f", "k"))
     deep = Field(FieldKind.DYNAMIC_METADATA, ("f", "bomb")), Field(FieldKind.DYNAMIC_METADATA, ("f",))
     settings = plan(rules=(read,), dimensions=deep)
-    folder = Fold(settings, accepts=lambda _rule, _text: True, envoy=EnvoySettings())
+    folder = Both(settings, accepts=lambda _rule, _text: True, envoy=EnvoySettings())
     folder.message(ORIGIN, field(2, field(1, field(1, common))), NOW_MS)
     identity, _, total = only(folder.drain())
     assert (identity.value, identity.dimensions, total[0]) == (b"alpha", (b"", b""), 1)
@@ -172,7 +172,7 @@ def test_maps_are_read_as_protobuf_reads_them(entries: list[bytes]) -> None:
     common = http_row().common_properties.SerializeToString() + b"".join(
         field(22, entry) for entry in entries
     )
-    folder = Fold(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings())
+    folder = Both(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings())
     folder.message(ORIGIN, field(2, field(1, field(1, common))), NOW_MS)
     assert only(folder.drain())[0].value == b"alpha"
 
@@ -295,6 +295,6 @@ def test_skip_tests_see_tcp_rows_and_long_rows() -> None:
 def test_a_pattern_meets_bytes_that_are_not_text() -> None:
     raw = message(http_row(route="r?")).replace(b"r?", b"r\xff")
     skip = (SkipTest("wanted", route=re.compile("r.")),)
-    folder = Fold(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings(), skip=skip)
+    folder = Both(plan(), accepts=lambda _rule, _text: True, envoy=EnvoySettings(), skip=skip)
     folder.message(ORIGIN, raw, NOW_MS)
     assert folder.drain().fates == {("skipped", "wanted"): 1}

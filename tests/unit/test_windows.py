@@ -272,12 +272,12 @@ def test_a_turn_tells_the_store_of_births_and_of_what_changed_and_only_once() ->
     assert [(birth.id, birth.window_ms, birth.key, birth.due_ms) for birth in turn.born] == [
         (1, T0, key(), END_MS)
     ]
-    assert turn.changed == ((1, 1, 2),)
+    assert turn.changed == [(1, 1, 2)]
     open_windows.commit(turn)
-    assert open_windows.begin(T0).changed == ()
+    assert open_windows.begin(T0).changed == []
     add(open_windows, T0, amount=3)
     turn = open_windows.begin(T0)
-    assert (turn.born, turn.changed) == ((), ((1, 2, 5),))
+    assert (turn.born, turn.changed) == ([], [(1, 2, 5)])
 
 
 def test_rows_that_come_while_a_turn_is_under_way_belong_to_the_next() -> None:
@@ -285,10 +285,10 @@ def test_rows_that_come_while_a_turn_is_under_way_belong_to_the_next() -> None:
     add(open_windows, T0, amount=2)
     turn = open_windows.begin(T0)
     add(open_windows, T0, amount=5)
-    assert turn.changed == ((1, 1, 2),)
+    assert turn.changed == [(1, 1, 2)]
     open_windows.commit(turn)
     turn = open_windows.begin(T0)
-    assert (turn.born, turn.changed) == ((), ((1, 2, 7),))
+    assert (turn.born, turn.changed) == ([], [(1, 2, 7)])
 
 
 def test_a_cell_that_is_being_closed_gets_a_successor_of_its_own() -> None:

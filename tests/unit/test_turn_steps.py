@@ -1,0 +1,116 @@
+"""A turn in steps: how much each does, whatever there is to do, and what may come in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from inner_sink import InnerSink
+from money import HOUR_MS, T0, key, windows
+from wire import DOWNSTREAM_PERIODIC, http_row, message
+
+from proxy_usage.model import NS_PER_MS
+from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, next_step
+from proxy_usage.turn import Turn
+from proxy_usage.windows import PACK
+
+
+def rows(count: int, first: int = 0, **how: object) -> bytes:
+    """A message of as many rows, each of a tenant of its own."""
+    start_ns = (T0 - 1_000) * NS_PER_MS
+    return message(
+        *(
+            http_row(start_ns=start_ns, tags={"project_name": f"t-{first + number}"}, route="r", **how)  # type: ignore[arg-type]
+            for number in range(count)
+        )
+    )
+
+
+def test_a_turn_of_many_keys_is_made_in_steps_of_a_bounded_number_of_them(tmp_path: Path) -> None:
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read_raw(rows(1_700))
+        assert len(sink.pipeline.windows) == 0  # still folded
+        steps, most, before = sink.pipeline.beginning(T0), 0, 0
+        turn: Turn | None = None
+        while turn is None:
+            turn = next_step(steps)
+            most, before = max(most, len(sink.pipeline.windows) - before), len(sink.pipeline.windows)
+        assert 0 < most <= BOOK
+        assert len(turn.windows.changed) == len(turn.windows.born) == 1_700
+        assert turn.fates == {("counted", ""): 1_700}
+
+
+def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> None:
+    open_windows = windows(max_keys=10_000, max_tenants=10_000)
+    for number in range(3 * PACK + 10):
+        open_windows.add(key(f"t-{number}"), T0, 1, (1,), T0)
+    open_windows.cut()
+    assert len(list(open_windows.pack())) == 3 + 4  # packed, then their births
+    turn = open_windows.turn([])
+    assert len(turn.changed) == len(turn.born) == 3 * PACK + 10
+    sizes = [len(turn.changed) for _ in turn.release()]
+    assert sizes == [2 * PACK + 10, PACK + 10, 10, 0]
+    closing: list[object] = []
+    taken = [len(closing) for _ in open_windows.close_due(closing, T0 + HOUR_MS, limit=1_200)]  # type: ignore[arg-type]
+    assert taken == [PACK, 2 * PACK]
+    assert len(closing) == 1_200
+
+
+def test_a_full_fold_is_booked_along_with_the_parts_that_follow(tmp_path: Path) -> None:
+    """No part waits for all that was folded, and what is set aside does not grow."""
+    with InnerSink(tmp_path, now_ms=T0, windows={"max_keys": 100_000}) as sink:
+        before = longest = 0
+        for first in range(0, 24_000, 50):
+            sink.read_raw(rows(50, first))
+            now = len(sink.pipeline.windows)
+            longest, before = max(longest, now - before), now
+            assert len(sink.pipeline._aside) <= 2
+        assert longest == STEPS_A_PART * BOOK
+        assert before >= 15_000
+        sink.turn()
+        assert len(sink.pipeline.windows) == 24_000
+        sink.check_rows()
+
+
+def test_rows_of_long_streams_are_booked_as_fast_as_they_come(tmp_path: Path) -> None:
+    with InnerSink(tmp_path, now_ms=T0, envoy={"flush_interval": 60_000}) as sink:
+        tags = {"project_name": "alpha", "dur_ms": "60000", "emit_us": f"{T0 * 1_000}", "conn_id": "7"}
+        row = http_row(type=DOWNSTREAM_PERIODIC, start_ns=(T0 - 60_000) * NS_PER_MS, tags=tags, wire=(1, 1))
+        raw = message(*[row] * 50)
+        streams = sink.pipeline.streams
+        assert streams is not None
+        for _ in range(400):
+            sink.read_raw(raw)
+            assert len(sink.pipeline._aside) <= 4
+        assert STEPS_A_PART * BOOK_ROWS > 50
+        sink.turn()
+        sink.check_rows()
+
+
+def test_rows_taken_after_the_first_step_belong_to_the_next_turn(tmp_path: Path) -> None:
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read_raw(rows(250))
+        steps = sink.pipeline.beginning(T0)
+        next(steps)
+        made = None
+        while made is None:
+            sink.read_raw(rows(10))
+            made = next_step(steps)
+        assert made.intake == {"envoy-1": 250}
+        assert made.fates == {("counted", ""): 250}
+        assert made.counted[0] == sum(cell[2] for cell in made.windows.changed) == 250
+        sink.pipeline.commit(made)
+        later = sink.pipeline.begin(T0)
+        assert sum(later.fates.values()) == later.intake["envoy-1"] - 250 > 0
+        assert sum(cell[2] for cell in later.windows.changed) > later.counted[0]
+
+
+def test_a_turn_that_is_rolled_back_after_steps_is_in_the_next_one_whole(tmp_path: Path) -> None:
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read_raw(rows(700))
+        turn = sink.pipeline.begin(T0)
+        sink.read_raw(rows(5))
+        sink.pipeline.rollback(turn)
+        again = sink.pipeline.begin(T0)
+        assert again.fates == {("counted", ""): 705}
+        assert len(again.windows.changed) == len(again.windows.born) == 700
+        assert sum(state[1] for state in again.windows.changed) == 705
