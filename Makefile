@@ -6,6 +6,9 @@ VENV ?= .venv
 UV ?= uv
 CONFIG ?=
 PYTEST_ARGS ?=
+BENCH ?=
+ONLY ?=
+SAVE ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -22,7 +25,7 @@ RUNNABLE := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-faults bench soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
+.PHONY: help setup run check test test-faults bench bench-check bench-core soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +43,13 @@ test: lint types imports most-tests e2e-tests  ## everything: check, property, c
 test-faults: $(DEV)  ## 200 kills, 32 graceful stops, 100,000 mutated messages: about 25 minutes
 	@FAULT_KILLS=200 FAULT_STOPS=32 FAULT_MESSAGES=100000 $(PYTEST) -s tests/faults
 
-bench: $(DEV)  ## what checkpoints, rows of long streams and a million of these cost here: about 5 minutes
+bench: $(DEV)  ## the sink's cost beside its peers': 10 minutes; BENCH=full: all of it, ONLY=part, SAVE=1: into the docs
+	@$(PY) -m bench $(ONLY) $(if $(filter full,$(BENCH)),--full) $(if $(SAVE),--save)
+
+bench-check: $(DEV)  ## whether ratios are still those of bench/results.json, within a half: 2 minutes
+	@$(PY) -m bench.check $(ONLY)
+
+bench-core: $(DEV)  ## what checkpoints, rows of long streams and a million of these cost here: about 5 minutes
 	@$(PY) bench/checkpoints.py
 	@$(PY) bench/long_rows.py
 	@$(PY) bench/memory_streams.py

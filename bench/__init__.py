@@ -1,1 +1,1 @@
-"""What the sink costs, beside its peers. ``make bench`` runs it; docs/performance.md shows what came of it."""
+"""What the sink costs, beside its peers: ``make bench``. What came of it is in docs/performance.md."""

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "bench" / "peers"
 BUILD = ROOT / "build" / "bench"
 CPP_PACKAGES = "g++ pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc"
-GO_PACKAGES = "golang-go golang-google-grpc-dev golang-google-protobuf-dev golang-github-golang-protobuf-1-5-dev"
+GO_PACKAGES = (
+    "golang-go golang-google-grpc-dev golang-google-protobuf-dev golang-github-golang-protobuf-1-5-dev"
+)
 GO_SOURCES = Path("/usr/share/gocode")
 _GO_MODULE = "bench/"
 

@@ -40,9 +40,7 @@ class Case:
 
 HEADLINE = Case("headline", peers=PEERS, fold=True, both=True, seconds=3.0)
 LIGHT = Case("light", rate=250, peers=("receive", "cpp", "go"), fold=True, seconds=3.0)
-_LOADS = [
-    Case(f"load-{rate * 4}", rate=rate, peers=FEW, quick=rate == 25) for rate in (25, 100, 500)
-]
+_LOADS = [Case(f"load-{rate * 4}", rate=rate, peers=FEW, quick=rate == 25) for rate in (25, 100, 500)]
 _SIZES = [Case("64 KiB", size=64 * KIB), Case("256 KiB", size=256 * KIB), Case("tcp", kind="tcp")]
 # Windows that do not close while they are filled: what closing a key costs is measured apart (tenants.py).
 _TENANTS = [
@@ -51,7 +49,9 @@ _TENANTS = [
 ]
 _CONNECTIONS = [Case("64 connections", connections=64)]
 _LIGHT_SIZES = [
-    replace(LIGHT, name=f"light {size // KIB} KiB", size=size, rate=250 * 16 * KIB / size, fold=False, quick=False)
+    replace(
+        LIGHT, name=f"light {size // KIB} KiB", size=size, rate=250 * 16 * KIB / size, fold=False, quick=False
+    )
     for size in (64 * KIB, 256 * KIB)
 ]
 _REST = [

@@ -1,14 +1,14 @@
-"""Decode and fold alone, in one process: no network, no store. Beside it what reads the same bytes otherwise.
+"""Decode and fold alone, in one process: no network, no store. Beside it what else reads the same bytes.
 
-    python -m bench.decoding FOLD KIND BYTES NAIVE        # PROXY_USAGE_FOLD chooses what runs, FOLD is a label
+    python -m bench.decoding FOLD KIND BYTES NAIVE   # PROXY_USAGE_FOLD chooses what runs
 
 - ``fold``: ``decode.parts`` and ``Fold.entries``, drained every 250 ms' worth of messages, into a dict.
 - ``upb``: protobuf's own classes of Envoy's full schema (xds-protos), the same sums in a dict.
 - ``upb parse``: the same without reading anything of what was parsed.
 - ``naive``: envoy-data-plane, the same sums in a dict.
 
-All are measured in turns within one process, so that their ratios hold on a busy machine. The sums of all must
-be the same.
+All are measured in turns within one process, so that their ratios hold on a busy machine. The sums of all
+must be the same.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ class Upb:
         row[2] += sent
         row[3] += ns
 
+    def end(self) -> None:
+        """Nothing is open."""
+
 
 def measure(kind: str, size: int, *, naive: bool = True, rounds: int = ROUNDS) -> dict[str, Any]:
     """Microseconds of processor time an entry, by program, round by round."""
@@ -90,7 +93,10 @@ def measure(kind: str, size: int, *, naive: bool = True, rounds: int = ROUNDS) -
         few = templates[:NAIVE_MESSAGES]
         some = sum(message.entries for message in few)
         found["naive"] = [_naive(raws[: len(few)]) / 1_000 / some for _ in range(min(5, rounds))]
-    return {"fold_name": fold_name(), **{name: [round(one, 4) for one in all_] for name, all_ in found.items()}}
+    return {
+        "fold_name": fold_name(),
+        **{name: [round(one, 4) for one in all_] for name, all_ in found.items()},
+    }
 
 
 def _fed(program: Callable[[Windows], Any], raws: Sequence[bytes], expected: Sequence[int]) -> int:
@@ -101,8 +107,7 @@ def _fed(program: Callable[[Windows], Any], raws: Sequence[bytes], expected: Seq
     began = time.thread_time_ns()
     for raw in list(raws) * REPEATS:
         peer.take(raw, stream)
-    if isinstance(peer, Folds):
-        peer.end()
+    peer.end()
     used = time.thread_time_ns() - began
     windows.close(1 << 62)
     assert windows.closed == list(expected), f"{program.__name__}: {windows.closed} is not {expected}"

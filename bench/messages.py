@@ -77,11 +77,11 @@ def write(path: Path, kind: str, size: int) -> Path:
 def numbered(message: Message, tenants: int, dice: random.Random, second: int = START_S) -> bytes:
     """A message with other tenants, as the generator makes it: for programs that run in one process."""
     raw = bytearray(message.raw)
-    for digits, at in _places(message):
+    for digits, at in places(message):
         number = b"%07d" % dice.randrange(tenants)
         for place in digits:
             raw[place : place + DIGITS] = number
-        raw[at : at + 5] = _varint(second)
+        raw[at : at + 5] = varint(second)
     return bytes(raw)
 
 
@@ -140,7 +140,9 @@ def _common(common: Any, kind: str, dice: random.Random) -> Amounts:
         common.upstream_remote_address,
         common.upstream_local_address,
     ):
-        address.socket_address.address = f"10.{dice.randrange(256)}.{dice.randrange(256)}.{dice.randrange(256)}"
+        address.socket_address.address = (
+            f"10.{dice.randrange(256)}.{dice.randrange(256)}.{dice.randrange(256)}"
+        )
         address.socket_address.port_value = dice.randrange(1_024, 65_536)
     for part in (
         common.time_to_last_rx_byte,
@@ -163,14 +165,14 @@ def _common(common: Any, kind: str, dice: random.Random) -> Amounts:
     return amounts
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """A number of five bytes, as protobuf writes it."""
     return bytes((number >> shift & 0x7F) | (0x80 if shift < 28 else 0) for shift in range(0, 35, 7))
 
 
-def _places(message: Message) -> Iterator[tuple[list[int], int]]:
+def places(message: Message) -> Iterator[tuple[list[int], int]]:
     """For every entry: where its tenant's number stands, and where its second."""
-    seconds = [match.start() for match in re.finditer(re.escape(_varint(START_S)), message.raw)]
+    seconds = [match.start() for match in re.finditer(re.escape(varint(START_S)), message.raw)]
     numbers = [match.end() for match in _PLACES.finditer(message.raw)]
     if len(seconds) != message.entries or len(numbers) < message.entries:
         raise AssertionError("a message holds by chance what is to be overwritten: take another seed")
@@ -183,6 +185,6 @@ def _places(message: Message) -> Iterator[tuple[list[int], int]]:
 def _packed(message: Message) -> bytes:
     parts = [struct.pack("<I", len(message.raw)), message.raw]
     parts.append(struct.pack("<QQQI", *message.amounts, message.entries))
-    for digits, second in _places(message):
+    for digits, second in places(message):
         parts.append(struct.pack(f"<I{len(digits)}II", len(digits), *digits, second))
     return b"".join(parts)

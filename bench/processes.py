@@ -15,10 +15,9 @@ from typing import Any
 import aiohttp
 import yaml
 
+from bench.building import BUILD, ROOT, build_cpp, build_go
 from proxy_usage.demo.listener import lease_port
 from proxy_usage.demo.sink import sink_config
-
-from bench.building import BUILD, ROOT, build_cpp, build_go
 
 TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
 DEADLINE_S = 60
@@ -51,6 +50,7 @@ class Server:
     def __init__(self, name: str, command: Sequence[str], *, fold: str | None = None) -> None:
         self.name = name
         self.port = 0
+        self.core = SERVER_CORE
         self.sent: list[dict[str, Any]] = []
         self._command, self._fold = command, fold
         self._process: asyncio.subprocess.Process | None = None
@@ -64,7 +64,7 @@ class Server:
         """Starts it and waits until it listens."""
         self.port = lease_port()
         words = [word.format(port=self.port) for word in self._command]
-        self._process = await spawn(words, SERVER_CORE, fold=self._fold, stdout=asyncio.subprocess.PIPE)
+        self._process = await spawn(words, self.core, fold=self._fold, stdout=asyncio.subprocess.PIPE)
         assert self._process.stdout is not None
         async with asyncio.timeout(DEADLINE_S):
             line = await self._process.stdout.readline()
@@ -108,12 +108,13 @@ class OurSink(Server):
         self.http_port = 0
         self._url, self._window_ms, self._tenants, self._fold = url, window_ms, tenants, fold
 
-    async def start(self) -> None:
+    def configure(self) -> Path:
+        """Writes its configuration: everything by default, but for the window and, with very many tenants,
+        the bounds that let them in. Returns the file."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.port, self.http_port = lease_port(), lease_port()
-        document = sink_config(
-            self.directory, grpc_port=self.port, http_port=self.http_port, url=self._url
-        )
+        # Kept from one start to the next, so that a restart is one.
+        self.port, self.http_port = self.port or lease_port(), self.http_port or lease_port()
+        document = sink_config(self.directory, grpc_port=self.port, http_port=self.http_port, url=self._url)
         document["windows"] = {"length": f"{self._window_ms}ms"}
         for name in ("batch", "retry"):
             del document["outputs"][0][name]  # as by default
@@ -123,9 +124,12 @@ class OurSink(Server):
             document["listen"]["limits"] = {"identities": 2 * self._tenants}
         config = self.directory / "proxy-usage.yaml"
         config.write_text(yaml.safe_dump(document))
+        return config
+
+    async def start(self) -> None:
+        words = [sys.executable, "-m", "proxy_usage", "run", "--config", str(self.configure())]
         with (self.directory / "log").open("ab") as log:
-            words = [sys.executable, "-m", "proxy_usage", "run", "--config", str(config)]
-            self._process = await spawn(words, SERVER_CORE, fold=self._fold, stdout=log, stderr=log)
+            self._process = await spawn(words, self.core, fold=self._fold, stdout=log, stderr=log)
         async with asyncio.timeout(DEADLINE_S):
             while not await self._ready():
                 if self._process.returncode is not None:

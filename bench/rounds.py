@@ -1,8 +1,8 @@
 """Servers under the same load in interleaved rounds: a disturbance of the machine meets all of them alike.
 
-A round is one server's turn: connections are made, messages sent, each stream is ended and has been read to its
-end, what was read is stored; the processor time of all that, divided by the entries. Every server runs through
-the whole case, so that windows close and garbage is collected as it is in a long life. At its end each must
+A round is one server's turn: connections are made, messages sent, each stream is ended and has been read to
+its end, what was read is stored; the processor time of all that, divided by the entries. Every server runs
+through the whole case, so that windows close and garbage is collected as in a long life. At its end each must
 have counted exactly what the generator sent.
 """
 
@@ -15,12 +15,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy_usage.demo.billing import BillingStandIn
-
 from bench.building import BUILD, NotBuilt, build_cpp
 from bench.cases import Case
 from bench.messages import KIB, write
-from bench.processes import BenchError, OurSink, Server, cpp_peer, cpu_us, generate, go_peer, memory, python_peer
+from bench.processes import (
+    BenchError,
+    OurSink,
+    Server,
+    cpp_peer,
+    cpu_us,
+    generate,
+    go_peer,
+    memory,
+    python_peer,
+)
+from proxy_usage.demo.billing import BillingStandIn
 
 NAIVE_RATE = 5
 """Messages a second and connection that the naive sink can take: its backlog would never drain."""
@@ -72,7 +81,9 @@ def _servers(case: Case, folds: Sequence[str], directory: Path, url: str) -> Ite
             print(f"  left out: {error}")
 
 
-async def _round(server: Server, case: Case, messages: Path, *, seconds: float, seed: int) -> dict[str, float]:
+async def _round(
+    server: Server, case: Case, messages: Path, *, seconds: float, seed: int
+) -> dict[str, float]:
     naive = server.name == "naive"
     before = cpu_us(server.pid)
     sent = await generate(

@@ -30,8 +30,6 @@ GRACE_MS = 5_000
 DRAIN_MS = 250
 """How often folded sums are drained, as a checkpoint does."""
 
-Key = tuple[str, ...]
-
 
 class Windows:
     """Sums per window and key; a window that is over for ``GRACE_MS`` is given up and only its sums kept."""
@@ -73,13 +71,13 @@ class Peer(Protocol):
 
 
 class Discards:
-    """Counts messages and nothing else."""
+    """Counts bytes and nothing else."""
 
     def __init__(self, windows: Windows) -> None:
         self._windows = windows
 
     def take(self, raw: bytes, stream: dict[str, Any]) -> None:
-        stream["messages"] = stream.get("messages", 0) + 1
+        stream["bytes"] = stream.get("bytes", 0) + len(raw)
 
     def end(self) -> None:
         """Nothing is open."""
@@ -145,7 +143,9 @@ class Folds:
     def take(self, raw: bytes, stream: dict[str, Any]) -> None:
         origin = stream.get("origin")
         if origin is None:
-            origin = stream["origin"] = self._identify(raw, "", self._paths)
+            origin = self._identify(raw, "", self._paths)
+            assert origin is not None, "the first message of a stream says who sends it"
+            stream["origin"] = origin
         now_ms = time.time_ns() // 1_000_000
         for part in self._parts(raw):
             self._fold.entries(origin, part, now_ms)
