@@ -123,5 +123,5 @@ def versions(commands: Sequence[Sequence[str]]) -> dict[str, str]:
     found = {}
     for command in commands:
         if shutil.which(command[0]):
-            found[command[0]] = _said(*command).splitlines()[0].strip()
+            found[command[0]] = _said(*command).splitlines()[0].removeprefix("go version go").strip()
     return found

@@ -27,7 +27,7 @@ class Case:
     """Whether our fold is measured behind a bare receiver, too."""
     both: bool = False
     """Whether each fold that is there is measured, or only the one that runs by default."""
-    seconds: float = 2.0
+    seconds: float = 1.5
     window_ms: int = 5_000
     """Short, so that a round closes windows: twelve times as often as by default."""
     quick: bool = True
@@ -39,7 +39,7 @@ class Case:
 
 
 HEADLINE = Case("headline", peers=PEERS, fold=True, both=True, seconds=3.0)
-LIGHT = Case("light", rate=250, peers=("receive", "cpp", "go"), fold=True, seconds=3.0)
+LIGHT = Case("light", rate=250, peers=("receive", "cpp", "go"), fold=True, seconds=2.0)
 _LOADS = [Case(f"load-{rate * 4}", rate=rate, peers=FEW, quick=rate == 25) for rate in (25, 100, 500)]
 _SIZES = [Case("64 KiB", size=64 * KIB), Case("256 KiB", size=256 * KIB), Case("tcp", kind="tcp")]
 # Windows that do not close while they are filled: what closing a key costs is measured apart (tenants.py).

@@ -13,7 +13,14 @@ from bench.rounds import middle
 IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 30, 50
-COLOURS = ("#0b7285", "#c2410c", "#6741d9", "#2b8a3e", "#a61e4d", "#5c677d")
+COLOURS = {
+    "sink:compiled": "#c2410c",
+    "sink:protobuf": "#a61e4d",
+    "receive": "#5c677d",
+    "cpp": "#0b7285",
+    "go": "#2b8a3e",
+}
+"""A server's colour, the same in every plot."""
 _STYLE = """
 text { font: 13px sans-serif; fill: #222 } .grid { stroke: #8884; stroke-width: 1 }
 .line { fill: none; stroke-width: 2 }
@@ -83,7 +90,8 @@ def draw(title: str, axes: tuple[str, str], lines: Mapping[str, Points]) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
     heights = _apart({name: down(line[-1][1]) for name, line in lines.items()})
-    for colour, (name, line) in zip(COLOURS, lines.items(), strict=False):
+    for name, line in lines.items():
+        colour = COLOURS.get(name, "#6741d9")
         places = [(across(x), down(y)) for x, y in line]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(f'<path class="line" stroke="{colour}" d="M{path}"/>')

