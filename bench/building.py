@@ -6,6 +6,7 @@ What cannot be built is left out, with a line that says what is missing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def build_cpp(name: str) -> Path:
     flags = _said("pkg-config", "--cflags", "--libs", "grpc++", "protobuf").split()
     sources = [str(path) for path in (source, *generated)]
     _run("g++", "-std=c++17", "-O2", "-o", str(program), f"-I{BUILD / 'cpp'}", *sources, *flags, "-lpthread")
-    return program
+    return _built(program, source)
 
 
 def build_go() -> Path:
@@ -72,7 +73,7 @@ def build_go() -> Path:
     (out / "src").mkdir(parents=True, exist_ok=True)
     _protoc(f"--go_out={out / 'src'}", f"--plugin=protoc-gen-go={plugin}", *packages)
     _run("go", "build", "-o", str(program), str(source), env=environment)
-    return program
+    return _built(program, source)
 
 
 def schema() -> Any:
@@ -102,7 +103,18 @@ def _protoc(*arguments: str) -> None:
 
 
 def _fresh(program: Path, source: Path) -> bool:
-    return program.exists() and program.stat().st_mtime > source.stat().st_mtime
+    """Whether a program was made of just this source: times say nothing after a checkout."""
+    made_of = program.with_name(program.name + ".digest")
+    return program.exists() and made_of.exists() and made_of.read_text() == _digest(source)
+
+
+def _built(program: Path, source: Path) -> Path:
+    program.with_name(program.name + ".digest").write_text(_digest(source))
+    return program
+
+
+def _digest(source: Path) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def _run(*command: str, env: dict[str, str] | None = None) -> None:

@@ -7,6 +7,8 @@
 - ``upb parse``: the same without reading anything of what was parsed.
 - ``naive``: envoy-data-plane, the same sums in a dict.
 
+Beside them: how long a piece of a message of 16 MiB, an outage's backlog, holds the event loop.
+
 All are measured in turns within one process, so that their ratios hold on a busy machine. The sums of all
 must be the same.
 """
@@ -14,6 +16,7 @@ must be the same.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -34,6 +37,8 @@ TENANTS = 1_000
 REPEATS = 8
 WINDOW_MS = 60_000
 NAIVE_MESSAGES = 2
+BACKLOG = 16 << 20
+"""Bytes of the large message: the recommended buffer."""
 
 
 class Upb:
@@ -93,10 +98,8 @@ def measure(kind: str, size: int, *, naive: bool = True, rounds: int = ROUNDS) -
         few = templates[:NAIVE_MESSAGES]
         some = sum(message.entries for message in few)
         found["naive"] = [_naive(raws[: len(few)]) / 1_000 / some for _ in range(min(5, rounds))]
-    return {
-        "fold_name": fold_name(),
-        **{name: [round(one, 4) for one in all_] for name, all_ in found.items()},
-    }
+    figures = {name: [round(one, 4) for one in all_] for name, all_ in found.items()}
+    return {"fold_name": fold_name(), "piece_ms": _pieces(raws), **figures}
 
 
 def _fed(program: Callable[[Windows], Any], raws: Sequence[bytes], expected: Sequence[int]) -> int:
@@ -112,6 +115,22 @@ def _fed(program: Callable[[Windows], Any], raws: Sequence[bytes], expected: Seq
     windows.close(1 << 62)
     assert windows.closed == list(expected), f"{program.__name__}: {windows.closed} is not {expected}"
     return used
+
+
+def _pieces(raws: Sequence[bytes]) -> dict[str, float]:
+    """Milliseconds of processor time from one pause to the next, while a large message is folded."""
+    # Serialised messages in a row are one message with the rows of all.
+    backlog = b"".join(itertools.islice(itertools.cycle(raws), BACKLOG // len(raws[0])))
+    held = sorted(Folds(Windows(WINDOW_MS)).pieces(hello().raw + backlog))
+    return {
+        "median": _ms(held[len(held) // 2]),
+        "p999": _ms(held[len(held) * 999 // 1_000]),
+        "most": _ms(held[-1]),
+    }
+
+
+def _ms(ns: int) -> float:
+    return round(ns / 1e6, 3)
 
 
 def _naive(raws: Sequence[bytes]) -> int:

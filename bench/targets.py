@@ -45,6 +45,7 @@ def targets(results: dict[str, Any]) -> Iterator[Target]:
                 yield _dearer(servers, f"fold:{fold}", peer, f"{title}: decode and fold", behind)
                 yield _dearer(servers, f"sink:{fold}", peer, f"{title}: whole sink", whole)
     yield from _tenants(results)
+    yield from _stall(results)
     yield from _memory(results)
     yield from _envoy(results)
 
@@ -72,6 +73,13 @@ def _tenants(results: dict[str, Any]) -> Iterator[Target]:
         yield Target(what, "at most 6 times the cost", f"{found:.1f} times", found <= 6)
         size = many["bytes_key"]
         yield Target(f"memory a key, {fold} fold", "at most 150 B", f"{size:,} B", size <= 150)
+
+
+def _stall(results: dict[str, Any]) -> Iterator[Target]:
+    for fold, shapes in results.get("decoding", {}).get("figures", {}).items():
+        most = max(shape["piece_ms"]["most"] for shape in shapes.values())
+        what = f"hold of the event loop by any piece of a 16 MiB message, {fold} fold"
+        yield Target(what, "at most 2 ms", f"{most:.1f} ms", most <= 2)
 
 
 def _memory(results: dict[str, Any]) -> Iterator[Target]:
