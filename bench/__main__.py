@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import decoding, delivering, residence, results, tables
-from bench.building import ROOT
+from bench.building import ROOT, NotBuilt, build_cpp
 from bench.cases import CASES
 from bench.messages import KIB
 from bench.processes import OTHER_CORE, BenchError
@@ -47,11 +47,15 @@ def main() -> int:
     path = results.COMMITTED if given.save else results.LATEST
     folds = decoding.available()
     print(f"folds that run here: {', '.join(folds)} (the first one by default)")
+    try:
+        build_cpp("generator")
+    except NotBuilt as error:
+        print(f"{error}\nPython sends in its place, which holds the fastest servers up")
     began = time.monotonic()
     try:
         for part in given.parts or (PARTS if given.full else PARTS[:-1]):
             _run(part, folds, path, full=given.full, only=tuple(filter(None, given.case.split(","))))
-    except BenchError as error:
+    except (BenchError, NotBuilt) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     print(f"{(time.monotonic() - began) / 60:.1f} minutes; results are in {path.relative_to(ROOT)}")

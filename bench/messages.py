@@ -47,6 +47,15 @@ class Message(NamedTuple):
     amounts: Amounts
 
 
+class Template(NamedTuple):
+    """A message as the file has it, with the places of what is overwritten: of tenants' numbers and a second
+    for every entry."""
+
+    raw: bytes
+    amounts: Amounts
+    places: list[tuple[list[int], int]]
+
+
 def hello() -> Message:
     """The first message of a stream: who sends. A real one has 61 kB, but comes once an hour."""
     whole = als_pb2.StreamAccessLogsMessage()
@@ -72,6 +81,31 @@ def write(path: Path, kind: str, size: int) -> Path:
         part.write_bytes(struct.pack("<I", len(made)) + b"".join(_packed(one) for one in made))
         part.replace(path)
     return path
+
+
+def read(path: Path) -> list[Template]:
+    """What ``write`` wrote: the stream's first message, then the others."""
+    packed = memoryview(path.read_bytes())
+    at = 0
+
+    def take(layout: str) -> tuple[int, ...]:
+        nonlocal at
+        values = struct.unpack_from(layout, packed, at)
+        at += struct.calcsize(layout)
+        return values
+
+    found = []
+    for _ in range(take("<I")[0]):
+        (size,) = take("<I")
+        raw = bytes(packed[at : at + size])
+        at += size
+        *amounts, entries = take("<QQQI")
+        places_ = []
+        for _ in range(entries):
+            (digits,) = take("<I")
+            places_.append((list(take(f"<{digits}I")), take("<I")[0]))
+        found.append(Template(raw, Amounts(*amounts), places_))
+    return found
 
 
 def numbered(message: Message, tenants: int, dice: random.Random, second: int = START_S) -> bytes:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.building import BUILD, build_cpp
+from bench.building import BUILD
 from bench.messages import KIB, write
 from bench.processes import OurSink, generate, memory
 from proxy_usage.demo.billing import BillingStandIn
@@ -21,7 +21,6 @@ SECONDS = 4.0
 
 async def measure(fold: str) -> dict[str, Any]:
     """Bytes by number of connections."""
-    build_cpp("generator")
     messages = write(BUILD / "http-16.bin", "http", 16 * KIB)
     base, most = [], {}
     with tempfile.TemporaryDirectory(dir=BUILD) as directory:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.building import BUILD, NotBuilt, build_cpp
+from bench.building import BUILD, NotBuilt
 from bench.cases import Case
 from bench.messages import KIB, write
 from bench.processes import (
@@ -38,7 +38,6 @@ ROUNDS = 5
 
 async def run_case(case: Case, folds: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
     """A case's figures by server. Raises BenchError when a server counted something else than was sent."""
-    build_cpp("generator")
     messages = write(BUILD / f"{case.kind}-{case.size // KIB}.bin", case.kind, case.size)
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=BUILD) as directory:

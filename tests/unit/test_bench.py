@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from bench import check, plots, results, tables  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.decoding import Upb  # noqa: E402
-from bench.messages import KIB, hello, messages, numbered  # noqa: E402
+from bench.messages import KIB, hello, messages, numbered, places, read, write  # noqa: E402
 from bench.peers.server import Folds, Naive, Windows  # noqa: E402
 
 SECOND = 1_800_000_000
@@ -35,6 +35,14 @@ def test_messages_are_those_that_envoy_flushes(kind: str, size: int) -> None:
         received = [row.common_properties.downstream_wire_bytes_received for row in rows]
         assert sum(received) == message.amounts.received
         assert sum(row.common_properties.duration.ToNanoseconds() for row in rows) == message.amounts.ns
+
+
+def test_the_file_of_messages_is_read_as_it_was_written(tmp_path: Path) -> None:
+    first, *others = read(write(tmp_path / "m.bin", "tcp", 2 * KIB))
+    assert (first.raw, first.places) == (hello().raw, [])
+    for template, message in zip(others, messages("tcp", 2 * KIB), strict=True):
+        assert (template.raw, template.amounts) == (message.raw, message.amounts)
+        assert template.places == list(places(message))
 
 
 def test_messages_are_the_same_each_time() -> None:
