@@ -173,7 +173,7 @@ def available() -> list[str]:
             text=True,
         )
         if ran.returncode == 0:
-            name = str(json.loads(ran.stdout)["fold"]).split()[0]
+            name = str(json.loads(ran.stdout)["fold"]).partition(":")[0]
             if name not in found:
                 found.append(name)
     return found

@@ -241,8 +241,8 @@ def fold_name() -> str:
         from proxy_usage import decode
     except ImportError:
         return "none"
-    chosen: Any = getattr(decode, "fold_name", None)  # of builds with a compiled fold
-    return str(chosen()) if callable(chosen) else "protobuf"
+    choice = getattr(decode, "CHOICE", None)  # of builds with a compiled fold
+    return "protobuf" if choice is None else str(choice.reason).partition(":")[0]
 
 
 if __name__ == "__main__":
