@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 FOLD ?= $(PROXY_USAGE_FOLD)
 # FOLD=protobuf: any verb without the compiled fold, `make test` for one.
 export PROXY_USAGE_FOLD := $(FOLD)
+BENCH ?=
+ONLY ?=
+SAVE ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -28,7 +31,7 @@ EXTENSION := setup.py $(wildcard proxy_usage/decode/native/*)
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-faults bench soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
+.PHONY: help setup run check test test-faults bench bench-check bench-core soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +49,13 @@ test: lint types imports most-tests e2e-tests  ## everything; FOLD=protobuf: wit
 test-faults: $(DEV)  ## 200 kills, 32 graceful stops, 100,000 mutated messages: about 25 minutes
 	@FAULT_KILLS=200 FAULT_STOPS=32 FAULT_MESSAGES=100000 $(PYTEST) -s tests/faults
 
-bench: $(DEV)  ## what folding, checkpoints and rows of long streams cost here: about 10 minutes
+bench: $(DEV)  ## the sink's cost beside its peers': 10 minutes; BENCH=full: all of it, ONLY=part, SAVE=1: into the docs
+	@$(PY) -m bench $(ONLY) $(if $(filter full,$(BENCH)),--full) $(if $(SAVE),--save)
+
+bench-check: $(DEV)  ## whether ratios are still those of bench/results.json, within a half: 2 minutes
+	@$(PY) -m bench.check $(ONLY)
+
+bench-core: $(DEV)  ## what folding, checkpoints and rows of long streams cost here: about 10 minutes
 	@$(PY) bench/fold.py
 	@$(PY) bench/checkpoints.py
 	@$(PY) bench/long_rows.py

@@ -60,7 +60,7 @@ def test_every_verb_explains_itself(verb: tuple[str, ...], capsys: pytest.Captur
 
 def test_the_installed_command_is_this_one() -> None:
     (command,) = entry_points(group="console_scripts", name="proxy-usage")
-    assert command.value == "proxy_usage.cli:main"
+    assert command.value == "proxy_usage.__main__:main"
     ran = python("-m", "proxy_usage", "--version")
     assert (ran.returncode, ran.stdout) == (0, f"proxy-usage {__version__}\n")
 
@@ -149,10 +149,3 @@ def loaded_after(code: str) -> set[str]:
 def test_the_command_line_loads_little() -> None:
     heavy = {"aiohttp", "cloudevents", "envoy_data_plane", "grpc", "google", "rich", "sqlite3"}
     assert loaded_after("import proxy_usage.cli") & heavy == set()
-
-
-def test_run_never_loads_the_typed_schema(call: Caller) -> None:
-    call.configure(store={"path": "/dev/null/usage.db"})
-    loaded = loaded_after(f"from proxy_usage.cli import main\nmain(['run', '-c', {str(call.config)!r}])")
-    assert "grpc" in loaded
-    assert loaded & {"envoy_data_plane", "betterproto2"} == set()

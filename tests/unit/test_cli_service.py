@@ -12,6 +12,7 @@ import pytest
 from cli_call import Caller
 from made_store import MadeStore
 
+from proxy_usage.__main__ import plain_run
 from proxy_usage.control import NotRunning, socket_path
 from proxy_usage.control import call as control
 from proxy_usage.store import Fate
@@ -31,7 +32,11 @@ def call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Caller:
 def service(call: Caller, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "proxy_usage", "run", "--config", str(call.config)],
+            # What it imports goes into the log, too.
+            [
+                *(sys.executable, "-X", "importtime"),
+                *("-m", "proxy_usage", "run", "--config", str(call.config)),
+            ],
             stdout=log,
             stderr=log,
         )
@@ -61,6 +66,37 @@ def test_a_running_service_is_asked_and_replays_itself(
     assert call("deadletters", "ls", "--json").json == {"deadletters": []}
     refused = call("deadletters", "replay", "01ARZ3NDEKTSV4RRFFQ69G5FAV")
     assert (refused.code, "not a dead letter" in refused.err) == (2, True)
+
+
+def test_a_running_service_has_loaded_nothing_of_the_command_line(
+    service: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    lines = (tmp_path / "log").read_text().splitlines()
+    modules = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    loaded = {module.partition(".")[0] for module in modules}
+    assert {"grpc", "aiohttp", "structlog"} <= loaded
+    assert loaded & {"typer", "pygments", "shellingham", "envoy_data_plane", "betterproto2"} == set()
+    # The attempt to load rich is listed, too.
+    assert not any(module.startswith(("proxy_usage.cli", "rich.")) for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "expected"),
+    [
+        (["run", "--config", "a.yaml"], None, (Path("a.yaml"), False)),
+        (["run", "-c", "a.yaml", "--restored"], "b.yaml", (Path("a.yaml"), True)),
+        (["run", "--config=a.yaml"], None, (Path("a.yaml"), False)),
+        (["run"], "b.yaml", (Path("b.yaml"), False)),
+        (["run"], None, None),
+        (["run", "--config"], "b.yaml", None),
+        (["run", "--help"], "b.yaml", None),
+        (["run", "-c", "a.yaml", "more"], None, None),
+        (["validate", "-c", "a.yaml"], None, None),
+        ([], None, None),
+    ],
+)
+def test_what_a_plain_run_is(words: list[str], named: str | None, expected: tuple[Path, bool] | None) -> None:
+    assert plain_run(words, named) == expected
 
 
 def test_a_second_service_is_told_who_owns_the_store(

@@ -1,0 +1,270 @@
+"""Tables and plots of docs/performance.md, written from bench/results.json, so that neither can drift.
+
+    python -m bench.tables
+
+In the page each stands between ``<!-- bench: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench import plots
+from bench.building import ROOT
+from bench.cases import CASES
+from bench.results import COMMITTED, read
+from bench.rounds import middle, ratios
+from bench.targets import targets
+
+PAGE = ROOT / "docs" / "performance.md"
+_MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NAMES = {
+    "sink": "proxy-usage",
+    "fold": "decode and fold behind a bare receiver",
+    "receive": "grpc.aio with our options, discards",
+    "receive-defaults": "grpc.aio with its own options, discards",
+    "naive": "grpc.aio, envoy-data-plane, a dict",
+    "cpp": "C++: grpc++, full schema",
+    "go": "Go: grpc-go, full schema",
+}
+_ORDER = list(_NAMES)
+_MIB = 1 << 20
+
+
+def title(server: str) -> str:
+    """A server's name for people: ``sink:compiled`` is ours with that fold."""
+    name, _, fold = server.partition(":")
+    return _NAMES[name] + (f", {fold} fold" if fold else "")
+
+
+def ordered(servers: Iterable[str]) -> list[str]:
+    return sorted(servers, key=lambda server: (_ORDER.index(server.partition(":")[0]), server))
+
+
+def ours(case: dict[str, Any]) -> str:
+    """The sink that the others are compared with: the fold that runs by default was measured first."""
+    order: list[str] = case["order"]
+    return next(name for name in order if name.startswith("sink"))
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range."""
+    median, least, most = middle(values)
+    return f"{median:,.{digits}f} ({least:,.{digits}f}–{most:,.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def case_text(case: dict[str, Any]) -> str:
+    """Every server of a case."""
+    servers, sink = case["servers"], ours(case)
+    rows = []
+    for name in ordered(servers):
+        one = servers[name]
+        entry = middle(one["us_entry"])[0]
+        rows.append(
+            [
+                title(name),
+                spread(one["us_message"], 1),
+                spread(one["us_entry"]),
+                f"{1e6 / entry:,.0f}",
+                f"{max(one['rss']) // _MIB}",
+                spread(ratios(servers, name, sink)),
+            ]
+        )
+    head = ["sink", "µs a message", "µs an entry", "entries/s a core", "MiB", "× proxy-usage, by round"]
+    return table(head, rows)
+
+
+def headline(results: dict[str, Any]) -> str:
+    return case_text(results["cases"]["figures"]["headline"])
+
+
+def light(results: dict[str, Any]) -> str:
+    return case_text(results["cases"]["figures"]["light"])
+
+
+def matrix(results: dict[str, Any]) -> str:
+    """One line a case."""
+    rows = []
+    figures = results["cases"]["figures"]
+    for case in (figures[case.name] for case in CASES[1:] if case.name in figures):
+        servers, sink = case["servers"], ours(case)
+
+        def against(other: str, servers: dict[str, Any] = servers, sink: str = sink) -> str:
+            return spread(ratios(servers, sink, other)) if other in servers else "–"
+
+        one = servers[sink]
+        rows.append(
+            [
+                case["says"],
+                spread(one["us_message"], 1),
+                spread(one["us_entry"]),
+                f"{1e6 / middle(one['us_entry'])[0]:,.0f}",
+                f"{max(one['rss']) // _MIB}",
+                against("receive"),
+                against("cpp"),
+            ]
+        )
+    head = ["load", "µs a message", "µs an entry", "entries/s a core", "MiB", "× receive only", "× C++"]
+    return table(head, rows)
+
+
+def goals(results: dict[str, Any]) -> str:
+    """What was set out for, and what was reached."""
+    rows = [
+        [one.what, one.asked, one.measured, "reached" if one.met else "**not reached**"]
+        for one in targets(results)
+    ]
+    return table(["against", "asked for", "measured", ""], rows)
+
+
+def decoding(results: dict[str, Any]) -> str:
+    rows = []
+    for fold, shapes in results["decoding"]["figures"].items():
+        for shape, one in shapes.items():
+            over = [a / b for a, b in zip(one["fold"], one["upb"], strict=True)]
+            naive = f"{middle(one['naive'])[0]:,.0f}" if "naive" in one else "–"
+            cells = [spread(one[name]) for name in ("fold", "upb", "upb parse")]
+            piece = one["piece_ms"]
+            held = f"{piece['median']:.2f} / {piece['p999']:.2f} / {piece['most']:.2f}"
+            rows.append([fold, shape, *cells, naive, spread(over), held])
+    head = [
+        *("which", "messages", "fold", "protobuf, full schema", "its parsing alone", "naive"),
+        *("fold × protobuf", "a piece of 16 MiB, ms"),
+    ]
+    return (
+        "Microseconds of processor time an entry, in one process, by turns. Last, how long a piece of a\n"
+        "message of 16 MiB holds the event loop: median, 99.9 %, most.\n\n" + table(head, rows)
+    )
+
+
+def tenants(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            fold,
+            f"{one['tenants']:,}",
+            f"{one['us_entry']:.2f}",
+            f"{one['us_first']:.1f}",
+            f"{one['us_close']:.0f}",
+            f"{one['us_entry_at_60']:.2f}",
+            f"{one['bytes_key']:,}" if one["tenants"] >= 1_000 else "–",
+            f"{one['turn_stall_ms']:.1f}",
+        ]
+        for fold, rows_ in results["tenants"]["figures"].items()
+        for one in rows_
+    ]
+    head = [
+        *("fold", "tenants", "µs an entry", "µs a key's first entry", "µs to close a key"),
+        *("µs an entry at 60 a key", "bytes a key", "longest piece of a turn, ms"),
+    ]
+    return table(head, rows)
+
+
+def delivering(results: dict[str, Any]) -> str:
+    one = results["delivering"]["figures"]
+    rows = [
+        [
+            f"lease and settle a batch of {one['batch_events']}, alone",
+            f"{one['batch_cpu_us']:,} µs of processor time, {one['batch_wall_us']:,} µs by the clock",
+        ],
+        ["events a second through delivery", spread(one["events_s"], 0)],
+        ["processor time an event", f"{spread(one['us_event'], 1)} µs"],
+    ]
+    return table(["figure", ""], rows)
+
+
+def residence(results: dict[str, Any]) -> str:
+    one = results["residence"]["figures"]
+    base = middle(one["base"])[0]
+    rows = [["ready, nobody connected", f"{base / _MIB:.0f}", "–"]]
+    for connections, most in one["most"].items():
+        each = (most - base) / _MIB / int(connections)
+        rows.append([f"{connections} saturated connections", f"{most / _MIB:.0f}", f"{each:.2f}"])
+    return table(["state", "MiB at the most", "MiB a connection above that"], rows)
+
+
+def envoy(results: dict[str, Any]) -> str:
+    one = results["envoy"]["figures"]
+    rows = [[name, spread(rounds, 1)] for name, rounds in one["us_request"].items()]
+    cost = table(["buffer of Envoy's gRPC log", "µs of Envoy's processor time a request"], rows)
+    light = spread(one["sink_us_light"])
+    cost += (
+        f"\nAt the steady rate the sink took {light} µs a row: a light load, by messages of a second each.\n"
+    )
+    rows = [
+        [f"{loss['buffer']:,} B", spread(loss["meanwhile"], 0), spread(loss["lost"], 0)]
+        for loss in one["loss"]
+    ]
+    return cost + "\n" + table(["buffer_size_bytes", "requests while the sink was away", "rows lost"], rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    measured = results["cases"]["measured"]
+    names = (
+        "python",
+        "grpcio",
+        "protobuf",
+        "xds-protos",
+        "envoy-data-plane",
+        "grpc++",
+        "g++",
+        "grpc-go",
+        "go",
+    )
+    versions = ", ".join(f"{name} {measured[name]}" for name in names if measured.get(name))
+    dates = sorted({part["measured"]["date"][:10] for part in results.values()})
+    return f"{measured['machine']}; {versions}. Measured {' to '.join({dates[0]: 1, dates[-1]: 1})}.\n"
+
+
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "machine": ("cases", machine),
+    "goals": ("cases", goals),
+    "headline": ("cases", headline),
+    "light": ("cases", light),
+    "matrix": ("cases", matrix),
+    "decoding": ("decoding", decoding),
+    "tenants": ("tenants", tenants),
+    "delivering": ("delivering", delivering),
+    "residence": ("residence", residence),
+    "envoy": ("envoy", envoy),
+}
+"""By its name in the page: the part of the results it needs, and what writes it."""
+
+
+def part_text(part: str, results: dict[str, Any]) -> str:
+    """What a terminal shows of a part."""
+    return PARTS[part][1](results)
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """The page with its tables written anew. KeyError for a table that nothing here writes."""
+
+    def written(match: re.Match[str]) -> str:
+        part, write = PARTS[match[2]]
+        body = write(results) if part in results else "Not measured yet.\n"
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return _MARKED.sub(written, text)
+
+
+def write() -> None:
+    """Rewrites the page and the plots."""
+    results = read(COMMITTED)
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for path, drawing in plots.drawings(results).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(drawing, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
