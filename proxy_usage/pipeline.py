@@ -20,6 +20,7 @@ from proxy_usage.attribution import Attributor, Reason, Unattributed
 from proxy_usage.connections import Connections, Share
 from proxy_usage.decode import ConnectionRow, Drained, Fold, RowFate, Split, StreamRow
 from proxy_usage.model import Identity, Key, Origin, Quantity
+from proxy_usage.origins import NO_RULE, Origins
 from proxy_usage.quota import Quota, overflow, trimmed
 from proxy_usage.reattribution import Fact, facts
 from proxy_usage.streams import Streams
@@ -95,6 +96,7 @@ class Pipeline:
         self.streams = streams
         self.connections = connections
         self.observed = Observed()
+        self.origins = Origins()
         self._folds = dict(folds)
         self._attributor = attributor
         self._quantities = tuple(quantities)
@@ -132,6 +134,7 @@ class Pipeline:
             if isinstance(outcome, Key):
                 if self.windows.add(outcome, window_ms, rows, amounts, now_ms):
                     self._count(amounts)
+                    self._trace(outcome, window_ms, identity, rows, now_ms)
                     continue
                 outcome = Unattributed(Reason.TENANT_LIMIT)
             if outcome.skip:
@@ -173,6 +176,7 @@ class Pipeline:
             return fate
         if key is not None and self.windows.add(key, row.window_ms, 1, amounts, now_ms):
             self._count(amounts)
+            self._trace(key, row.window_ms, row.identity, 1, now_ms)
             return fate
         if isinstance(outcome, Unattributed) and outcome.skip:
             return RowFate.SKIPPED, str(outcome.reason)
@@ -194,7 +198,9 @@ class Pipeline:
         self._count(amounts)
         if share.key is None:
             self._hold(share.window_ms, str(Reason.NO_OWNER), share.identity, rows, amounts)
-        elif not self.windows.add(share.key, share.window_ms, rows, amounts, now_ms):
+        elif self.windows.add(share.key, share.window_ms, rows, amounts, now_ms):
+            self._trace(share.key, share.window_ms, share.identity, rows, now_ms)
+        else:
             self._hold(share.window_ms, str(Reason.TENANT_LIMIT), share.identity, rows, amounts)
 
     def _settle(self, now_ms: int) -> None:
@@ -228,6 +234,7 @@ class Pipeline:
             intake=self._counts(),
             streams=None if self.streams is None else self.streams.begin(),
             connections=None if self.connections is None else self.connections.begin(),
+            origins=self.origins.begin(now_ms),
         )
 
     def commit(self, turn: Turn) -> None:
@@ -241,6 +248,7 @@ class Pipeline:
             self.streams.rollback(turn.streams)
         if self.connections is not None and turn.connections is not None:
             self.connections.rollback(turn.connections)
+        self.origins.rollback(turn.origins)
         self._pending.fates.update(turn.fates)
         self._count(turn.counted)
         for held in turn.held:
@@ -255,6 +263,12 @@ class Pipeline:
         counted = self._pending.counted
         for index, amount in enumerate(amounts):
             counted[index] += amount
+
+    def _trace(self, key: Key, window_ms: int, identity: Identity, rows: int, now_ms: int) -> None:
+        """Notes for whom, by which rule and on which node rows were counted."""
+        names = self._attributor.rule_names
+        rule = names[identity.rule] if 0 <= identity.rule < len(names) else NO_RULE
+        self.origins.note(key, window_ms, rule, identity.origin.node_id, rows, now_ms)
 
     def _hold(
         self, window_ms: int, reason: str, identity: Identity, rows: int, amounts: Sequence[int]
