@@ -16,7 +16,8 @@ SPAN_BITS = 8
 
 def forget_spans(db: sqlite3.Connection, last: int) -> None:
     """Entries up to ``last`` are gone."""
-    db.execute("DELETE FROM spans WHERE span<?", ((last + 1) >> SPAN_BITS,))
+    empty = db.execute("SELECT 1 FROM ledger LIMIT 1").fetchone() is None  # then its numbers begin anew
+    db.execute("DELETE FROM spans WHERE span<?", (1 << 62 if empty else (last + 1) >> SPAN_BITS,))
 
 
 def note_merge(
