@@ -180,9 +180,9 @@ class _Answer:
         print()
         if notes.open_windows:
             print(f"{notes.open_windows} windows are open: what is in them is no event yet")
-        if notes.single_since_ms is not None:
-            since = moment(notes.single_since_ms)
-            print(f"single events are known of what was settled since {since}; before, hours")
+        if notes.summed:
+            since = "" if notes.single_since_ms is None else f" before {moment(notes.single_since_ms)}"
+            print(f"of what was settled{since}, hours are known and no single events")
         if notes.known_since_ms is not None:
             print(f"the ledger is kept since {moment(notes.known_since_ms)}: of before, sums were removed")
         rows = sum(one.rows for one in notes.held)

@@ -153,8 +153,10 @@ class UsageNotes:
     open_windows: int
     """Of the tenant: what is in them is no event yet."""
     held: tuple[HeldHour, ...]
+    summed: bool
+    """Whether of some events only hourly sums are left."""
     single_since_ms: int | None
-    """Of events settled before this, only hourly sums are left; None: nothing was ever rolled up."""
+    """When the oldest event was settled that the ledger has by itself; None: it has none."""
     known_since_ms: int | None
     """Of hours before this, sums were removed; None: none ever was."""
 
@@ -336,12 +338,12 @@ def notes(db: sqlite3.Connection, tenant: str, from_ms: int, to_ms: int) -> Usag
     """What the lines of a time do not say."""
     births = (birth for birth, _ in fold_log(db).values())
     rolled = db.execute("SELECT 1 FROM sums WHERE fate!='merged' LIMIT 1").fetchone()
-    oldest = db.execute("SELECT at_ms FROM ledger ORDER BY entry LIMIT 1").fetchone() or (1 << 62,)
     (known_ms,) = db.execute("SELECT min(hour_ms) FROM sums").fetchone()
     return UsageNotes(
         open_windows=sum(birth[2] == tenant and from_ms <= birth[1] < to_ms for birth in births),
         held=_held(db, from_ms, to_ms),
-        single_since_ms=oldest[0] if rolled else None,
+        summed=rolled is not None,
+        single_since_ms=kept(db).singles_ms,
         known_since_ms=known_ms if counters(db, "forgotten_events") else None,
     )
 

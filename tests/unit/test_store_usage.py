@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ def test_old_events_are_known_by_the_hour(tmp_path: Path) -> None:
             (T0 + HOUR_MS, 30, 30, ""),
         ]
         with Reader(store.path) as reader:
-            assert reader.usage_notes("alpha", T0, T0 + DAY_MS).single_since_ms == 1 << 62
+            notes = reader.usage_notes("alpha", T0, T0 + DAY_MS)
+            assert (notes.summed, notes.single_since_ms) == (True, None)
         with pytest.raises(UsageError, match=r"T00:30:00.000Z lies within an hour"):
             lines(store, from_ms=T0 + 30 * MINUTE_MS)
 
@@ -246,7 +248,7 @@ def test_notes_tell_what_is_not_in_the_lines(tmp_path: Path) -> None:
         (hour,) = notes.held
         assert (hour.hour_ms, hour.reason, hour.rows) == (T0, "unmapped", 4)
         assert hour.amounts["requests"] == 4
-        assert (notes.single_since_ms, notes.known_since_ms, notes.open_windows) == (None, None, 0)
+        assert (notes.summed, notes.known_since_ms, notes.open_windows) == (False, None, 0)
         store.close_window(*requests(T0))
         settle(store)
         keeper(store).roll(T0, short=True)
@@ -280,7 +282,11 @@ def test_what_moves_while_it_is_read_is_shown_once(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         for hour in range(4):
             store.close_window(*requests(*(T0 + hour * HOUR_MS + minute * MINUTE_MS for minute in range(3))))
-        moves = [lambda: merge(store), lambda: settle(store), lambda: keeper(store).roll(T0, short=True)]
+        moves: list[Callable[[], object]] = [
+            lambda: merge(store),
+            lambda: settle(store),
+            lambda: keeper(store).roll(T0, short=True),
+        ]
         values = 0
         with Reader(store.path) as reader:
             for hour_ in reader.usage("alpha", T0, T0 + DAY_MS):
