@@ -46,32 +46,29 @@ class OriginBook:
         """Adds origins, as part of the caller's transaction."""
         fresh = 0
         numbers: dict[Key | None, int] = {None: OTHERS}
+        sources: dict[tuple[str, str, int], int] = {}
         for one in origins:
             key = numbers.get(one.key)
             if key is None:
                 assert one.key is not None, "it has a number"
                 key = numbers[one.key] = number_of(one.key)
-                # It is in use: a search for unused keys that is under way must not take it.
-                used_ms = now_ms - HOUR_MS
-                db.execute("UPDATE keys SET used_ms=? WHERE key=? AND used_ms<?", (now_ms, key, used_ms))
-            place = (one.hour_ms, key, _source(db, one.rule, one.node, one.hour_ms))
-            if not self._exists(db, place):
-                if self._count(db, one.hour_ms) >= MAX_ORIGINS:
-                    place = (one.hour_ms, OTHERS, OTHERS)
-                if not self._exists(db, place):
-                    fresh += 1
-                    self._hours[one.hour_ms] = self._count(db, one.hour_ms) + 1
-            db.execute(
-                "INSERT INTO origins VALUES(?,?,?,?)"
-                " ON CONFLICT(hour_ms, key, source) DO UPDATE SET rows=rows+excluded.rows",
-                (*place, one.rows),
-            )
+            named = (one.rule, one.node, one.hour_ms)
+            source = sources.get(named)
+            if source is None:
+                source = sources[named] = _source(db, *named)
+            if _added(db, one.rows, one.hour_ms, key, source):
+                continue
+            if self._count(db, one.hour_ms) >= MAX_ORIGINS:
+                key = source = OTHERS
+                if _added(db, one.rows, one.hour_ms, key, source):
+                    continue
+            db.execute("INSERT INTO origins VALUES(?,?,?,?)", (one.hour_ms, key, source, one.rows))
+            # It is in use: a search for unused keys that is under way must not take it.
+            used_ms = now_ms - HOUR_MS
+            db.execute("UPDATE keys SET used_ms=? WHERE key=? AND used_ms<?", (now_ms, key, used_ms))
+            self._hours[one.hour_ms] = self._count(db, one.hour_ms) + 1
+            fresh += 1
         add_counters(db, "origins", [("kept", fresh)])
-
-    @staticmethod
-    def _exists(db: sqlite3.Connection, place: tuple[int, int, int]) -> bool:
-        found = db.execute("SELECT 1 FROM origins WHERE hour_ms=? AND key=? AND source=?", place)
-        return found.fetchone() is not None
 
     def _count(self, db: sqlite3.Connection, hour_ms: int) -> int:
         if hour_ms not in self._hours:
@@ -80,6 +77,13 @@ class OriginBook:
             (count,) = db.execute("SELECT count(*) FROM origins WHERE hour_ms=?", (hour_ms,)).fetchone()
             self._hours[hour_ms] = count
         return self._hours[hour_ms]
+
+
+def _added(db: sqlite3.Connection, rows: int, hour_ms: int, key: int, source: int) -> bool:
+    """Whether there was an origin to which they could be added."""
+    place = (rows, hour_ms, key, source)
+    done = db.execute("UPDATE origins SET rows=rows+? WHERE hour_ms=? AND key=? AND source=?", place)
+    return done.rowcount > 0
 
 
 def _source(db: sqlite3.Connection, rule: str, node: str, hour_ms: int) -> int:
