@@ -256,6 +256,8 @@ class Attributor:
         nodes: dict[tuple[str, ...], int] = {}
         self._rules = tuple(_Source(rule, "tenant", nodes) for rule in tenant.rules)
         self.rules = tuple(source.field for source in self._rules)
+        self.rule_names = tuple(f"{index} {rule}" for index, rule in enumerate(tenant.rules))
+        """The rules as the configuration writes them, each behind its index."""
         fields: dict[Field, int] = {}
         self.plain_rules = frozenset(n for n, source in enumerate(self._rules) if source.plain)
         """Rules that accept any value."""

@@ -20,14 +20,14 @@ from typing import Any
 from proxy_usage.attribution import Attributor, Reason, Unattributed
 from proxy_usage.connections import Connections, ConnectionTurn, Share
 from proxy_usage.decode import ConnectionRow, Drained, Fold, RowFate, Split, StreamRow
+from proxy_usage.holding import OVERFLOW, Holding, Sums, packed
 from proxy_usage.model import Identity, Key, Origin, Quantity
-from proxy_usage.quota import Quota, overflow, trimmed
-from proxy_usage.reattribution import Fact, facts
+from proxy_usage.origins import NO_RULE, Origins, RowOrigin
+from proxy_usage.quota import Quota
 from proxy_usage.streams import Streams, StreamTurn
 from proxy_usage.turn import Held, Turn
 from proxy_usage.windows import Windows
 
-HOUR_MS = 3_600_000
 BOOK, BOOK_ROWS = 100, 20
 """Totals, and rows of long streams, that are booked without a pause: half a millisecond of work, one step."""
 STEPS_A_PART = 3
@@ -45,12 +45,7 @@ class Port(StrEnum):
     STREAMS = "streams"  # rows of long streams, which must meet at one owner
 
 
-OVERFLOW = Identity(Origin("", "", ""), -1, b"", (), routed=False)
-"""Stands for the identities of unattributed usage past their bound."""
-
 _TOO_MANY = Unattributed(Reason.IDENTITY_LIMIT)
-
-_HeldKey = tuple[int, str, Identity, tuple[Fact, ...]]  # hour, reason, identity, what it says
 
 
 @dataclass(slots=True)
@@ -70,7 +65,6 @@ class _Pending:
 
     counted: list[int]
     fates: Counter[tuple[str, str]] = field(default_factory=Counter)
-    held: dict[_HeldKey, list[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -80,6 +74,8 @@ class _Cut:
     closing: list[Any] = field(default_factory=list)  # cells, for ``Windows.turn`` alone
     streams: StreamTurn | None = None
     connections: ConnectionTurn | None = None
+    origins: tuple[RowOrigin, ...] = ()
+    held: Sums = field(default_factory=dict)
     pending: _Pending | None = None
     """Set at the cut, and not before."""
 
@@ -100,7 +96,7 @@ class Pipeline:
     Args:
         counts: rows read per node, absolute: they go into each turn.
         last_turn: number of the last turn that took effect.
-        max_held: see the attribute.
+        max_held: bound on identities of unattributed usage between two turns.
         streams: the owner of long streams; None where Envoy sends no periodic rows.
         connections: who used which connection; None where listener rows are not metered.
         max_identities: bound on identities of one node within an hour.
@@ -124,16 +120,15 @@ class Pipeline:
         self.streams = streams
         self.connections = connections
         self.observed = Observed()
+        self.origins = Origins()
         self._folds = dict(folds)
         self._attributor = attributor
         self._quantities = tuple(quantities)
         self._meters = len(self._quantities)
         self._counts = counts
-        self.max_held = max_held
-        """Bound on identities of unattributed usage between two turns."""
+        self.holding = Holding(max_held, self._meters)
         self._quota = Quota(max_identities)
         self._last_turn = last_turn
-        self._known: dict[Identity, tuple[Fact, ...]] = {}  # of identities held, by the present rules
         self._pending = _Pending([0] * self._meters)
         self._aside: deque[Iterator[int]] = deque()
 
@@ -155,7 +150,7 @@ class Pipeline:
         """Goes on with other rules; what was folded under the old ones is attributed by them."""
         self.drain(now_ms)
         self._folds, self._attributor = dict(folds), attributor
-        self._known.clear()
+        self.holding.forget_rules()
 
     def drain(self, now_ms: int) -> None:
         """Attributes what was folded and adds it to windows, or holds it."""
@@ -208,6 +203,7 @@ class Pipeline:
         if isinstance(outcome, Key):
             if self.windows.add(outcome, window_ms, rows, amounts, now_ms):
                 self._count(amounts)
+                self._trace(outcome, window_ms, identity, rows, now_ms)
                 return
             outcome = Unattributed(Reason.TENANT_LIMIT)
         if outcome.skip:
@@ -254,6 +250,7 @@ class Pipeline:
             return fate
         if key is not None and self.windows.add(key, row.window_ms, 1, amounts, now_ms):
             self._count(amounts)
+            self._trace(key, row.window_ms, row.identity, 1, now_ms)
             return fate
         if isinstance(outcome, Unattributed) and outcome.skip:
             return RowFate.SKIPPED, str(outcome.reason)
@@ -275,7 +272,9 @@ class Pipeline:
         self._count(amounts)
         if share.key is None:
             self._hold(share.window_ms, str(Reason.NO_OWNER), share.identity, rows, amounts)
-        elif not self.windows.add(share.key, share.window_ms, rows, amounts, now_ms):
+        elif self.windows.add(share.key, share.window_ms, rows, amounts, now_ms):
+            self._trace(share.key, share.window_ms, share.identity, rows, now_ms)
+        else:
             self._hold(share.window_ms, str(Reason.TENANT_LIMIT), share.identity, rows, amounts)
 
     def _settle(self, now_ms: int) -> None:
@@ -321,9 +320,8 @@ class Pipeline:
         for _ in self.windows.pack():
             yield
         held: list[Held] = []
-        for number, (key, (rows, *amounts)) in enumerate(cut.pending.held.items(), start=1):
-            hour_ms, reason, identity, known = key
-            held.append(Held(hour_ms, reason, identity, rows, tuple(amounts), known))
+        for number, one in enumerate(packed(cut.held), start=1):
+            held.append(one)
             if number % BOOK == 0:
                 yield
         self._last_turn += 1
@@ -336,6 +334,7 @@ class Pipeline:
             intake=intake,
             streams=cut.streams,
             connections=cut.connections,
+            origins=cut.origins,
         )
 
     def _cut(self, cut: _Cut, now_ms: int, *, limit: int, everything: bool) -> Iterator[int]:
@@ -347,6 +346,8 @@ class Pipeline:
         self.windows.cut()
         cut.streams = None if self.streams is None else self.streams.begin()
         cut.connections = None if self.connections is None else self.connections.begin()
+        cut.origins = self.origins.begin(now_ms)
+        cut.held = self.holding.take()
         cut.pending, self._pending = self._pending, _Pending([0] * self._meters)
 
     def commit(self, turn: Turn) -> None:
@@ -360,10 +361,10 @@ class Pipeline:
             self.streams.rollback(turn.streams)
         if self.connections is not None and turn.connections is not None:
             self.connections.rollback(turn.connections)
+        self.origins.rollback(turn.origins)
         self._pending.fates.update(turn.fates)
         self._count(turn.counted)
-        for held in turn.held:
-            self._add_held((held.hour_ms, held.reason, held.identity, held.facts), held.rows, held.amounts)
+        self.holding.give_back(turn.held)
 
     def observe(self) -> Observed:
         """What happened since the last call."""
@@ -375,25 +376,15 @@ class Pipeline:
         for index, amount in enumerate(amounts):
             counted[index] += amount
 
+    def _trace(self, key: Key, window_ms: int, identity: Identity, rows: int, now_ms: int) -> None:
+        """Notes for whom, by which rule and on which node rows were counted."""
+        names = self._attributor.rule_names
+        rule = names[identity.rule] if 0 <= identity.rule < len(names) else NO_RULE
+        self.origins.note(key, window_ms, rule, identity.origin.node_id, rows, now_ms)
+
     def _hold(
         self, window_ms: int, reason: str, identity: Identity, rows: int, amounts: Sequence[int]
     ) -> None:
         self.observed.unattributed[reason] += rows
-        whole = identity
-        identity = overflow(identity) if reason == Reason.IDENTITY_LIMIT else trimmed(identity)
-        if identity != whole and reason != Reason.IDENTITY_LIMIT:
+        if not self.holding.hold(self._attributor, window_ms, reason, identity, rows, amounts):
             self.observed.notes["trimmed_identity"] += rows
-        known = self._known.get(identity)
-        if known is None:
-            if len(self._known) >= self.max_held:
-                self._known.clear()
-            known = self._known[identity] = facts(self._attributor, identity)
-        self._add_held((window_ms - window_ms % HOUR_MS, reason, identity, known), rows, amounts)
-
-    def _add_held(self, key: _HeldKey, rows: int, amounts: Sequence[int]) -> None:
-        held = self._pending.held
-        if key not in held and len(held) >= self.max_held:
-            key = (key[0], key[1], OVERFLOW, ())
-        have = held.setdefault(key, [0] * (self._meters + 1))
-        for index, amount in enumerate((rows, *amounts)):
-            have[index] += amount

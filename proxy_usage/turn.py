@@ -10,6 +10,7 @@ import msgspec
 
 from proxy_usage.connections import ConnectionTurn, SavedConnections
 from proxy_usage.model import Amounts, Cell, Identity, Meter
+from proxy_usage.origins import RowOrigin
 from proxy_usage.reattribution import Fact
 from proxy_usage.streams import SavedStreams, StreamTurn
 from proxy_usage.windows import WindowTurn
@@ -45,11 +46,12 @@ class Turn:
     """None where Envoy sends no periodic rows."""
     connections: ConnectionTurn | None = None
     """None where listener rows are not metered."""
+    origins: tuple[RowOrigin, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing worth a transaction."""
-        moved = self.windows.closing or self.windows.changed or self.fates or self.held
+        moved = self.windows.closing or self.windows.changed or self.fates or self.held or self.origins
         parts = (self.streams, self.connections)
         return not moved and all(part is None or part.is_empty for part in parts)
 

@@ -28,6 +28,7 @@ from proxy_usage.cli.run import run
 from proxy_usage.cli.status import status
 from proxy_usage.cli.store import store
 from proxy_usage.cli.unattributed import unattributed
+from proxy_usage.cli.usage import usage
 from proxy_usage.cli.validate import validate
 from proxy_usage.cli.version import version
 from proxy_usage.errors import ProxyUsageError
@@ -57,7 +58,7 @@ def _root(
     """Turns what Envoy proxies served into what a platform may bill."""
 
 
-for verb in (run, forward, validate, explain, record, status, compare, demo, version):
+for verb in (run, forward, validate, explain, record, status, usage, compare, demo, version):
     app.command()(verb)
 for group, name in (
     (config_verbs, "config"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config, window_start
 from proxy_usage.cli.show import Cell, emit, moment, plain, table
 from proxy_usage.errors import UsageError
 
@@ -52,7 +52,7 @@ def compare(
     from proxy_usage.comparison import compare as compared
 
     loaded = load_config(config)
-    from_ms, to_ms = _time("--from", from_, loaded), _time("--to", to, loaded)
+    from_ms, to_ms = window_start("--from", from_, loaded), window_start("--to", to, loaded)
     if to_ms <= from_ms:
         raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")
     meters = _meters(loaded, meter or [])
@@ -73,25 +73,6 @@ def compare(
         _show(found, f"{moment(from_ms)} to {moment(to_ms)}, ledger of {ours.output}")
     if not found.equal:
         raise typer.Exit(1)
-
-
-def _time(option: str, text: str, config: Config) -> int:
-    from proxy_usage.config.units import parse_instant
-
-    try:
-        at_ms = parse_instant(text)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
-        ) from None
-    length_ms = config.windows.length
-    if at_ms % length_ms:
-        before_ms = at_ms - at_ms % length_ms
-        raise UsageError(
-            f"{option}: no window begins at {moment(at_ms)}",
-            hint=f"the next ones begin at {moment(before_ms)} and {moment(before_ms + length_ms)}",
-        )
-    return at_ms
 
 
 def _meters(config: Config, names: list[str]) -> list[Meter]:

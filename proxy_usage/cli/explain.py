@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxy_usage.cli.explain_event import EVENT_ID, explain_event
 from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
 from proxy_usage.cli.show import Cell, emit, facts, moment, safe, table
 from proxy_usage.errors import UsageError
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from proxy_usage.config import Config
     from proxy_usage.model import Meter
 
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Recorded messages.")]
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE|ID", help="Recorded messages, or the id of an event.")
+]
 RawOption = Annotated[bool, typer.Option("--raw", help="FILE is one message, without a length before it.")]
 EntryOption = Annotated[
     int | None, typer.Option("--entry", min=1, metavar="N", help="Show row N alone, with all its fields.")
@@ -46,11 +49,19 @@ def explain(
     replay: ReplayOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what becomes of each recorded row, and why.
+    """Show what becomes of each recorded row, and why; or of an event: what became of it, and whence it came.
 
     FILE holds StreamAccessLogsMessage messages, each behind its length; FILE's name with .streams.json in
     place of its ending may give the number of each message's stream.
     """
+    if EVENT_ID.fullmatch(str(file)) and not file.exists():
+        if raw or replay or at is not None or entry is not None:
+            raise UsageError(
+                "an event is explained without options",
+                hint="--raw, --entry, --at and --replay are for files",
+            )
+        explain_event(str(file), config, as_json)
+        return
     # Imported here: these load the whole service.
     from proxy_usage.cli.capture import read_capture
     from proxy_usage.cli.rows import Explainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,8 @@ from proxy_usage.errors import UsageError
 
 if TYPE_CHECKING:
     from proxy_usage.config import Config
+
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 ConfigOption = Annotated[
     Path | None,
@@ -48,3 +51,28 @@ def load_config(path: Path | None) -> Config:
     from proxy_usage.config import load
 
     return load(config_file(path), os.environ)
+
+
+def window_start(option: str, text: str, config: Config) -> int:
+    """The moment that an option names, as a date (its midnight) or a time, in UTC milliseconds.
+
+    Raises:
+        UsageError: it is none, or no window begins then.
+    """
+    from proxy_usage.config.units import parse_instant
+    from proxy_usage.events import rfc3339
+
+    try:
+        at_ms = parse_instant(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
+        ) from None
+    length_ms = config.windows.length
+    if at_ms % length_ms:
+        before_ms = at_ms - at_ms % length_ms
+        raise UsageError(
+            f"{option}: no window begins at {rfc3339(at_ms)}",
+            hint=f"the next ones begin at {rfc3339(before_ms)} and {rfc3339(before_ms + length_ms)}",
+        )
+    return at_ms

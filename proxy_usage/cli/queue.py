@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from proxy_usage.cli.options import (
 )
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, table
 from proxy_usage.errors import UsageError
+
+if TYPE_CHECKING:
+    from proxy_usage.store.views import Place
 
 queue = typer.Typer(help="Events on their way to an output.", no_args_is_help=True)
 
@@ -146,21 +149,22 @@ def show_event(event_id: str, config: ConfigOption, as_json: bool) -> None:
         ]
     )
     print()
-    places: list[dict[str, Cell]] = [
-        {
-            "output": one.output,
-            "state": one.state,
-            "since": moment(one.at_ms),
-            "first sent": moment(one.first_attempt_ms),
-            "attempts": one.attempts,
-            "not before": moment(one.not_before_ms),
-            "status": one.status,
-            "reason": one.reason,
-            "answer": one.answer,
-        }
-        for one in view.places
-    ]
-    table(places)
+    table([place_row(one) for one in view.places])
     print()
     gone = "Every output has settled it; its bytes are gone."
     print(gone if event is None else json.dumps(event, indent=2))
+
+
+def place_row(place: Place) -> dict[str, Cell]:
+    """What became of an event at an output."""
+    return {
+        "output": place.output,
+        "state": place.state,
+        "since": moment(place.at_ms),
+        "first sent": moment(place.first_attempt_ms),
+        "attempts": place.attempts,
+        "not before": moment(place.not_before_ms),
+        "status": place.status,
+        "reason": place.reason,
+        "answer": place.answer,
+    }

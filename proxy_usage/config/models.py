@@ -227,7 +227,7 @@ class StoreConfig(Section):
     path: AnyPath = Field(default=Path("var/usage.db"), validate_default=True)
     max_bytes: PositiveSize = 8 * _GIB
     ledger_max_bytes: PositiveSize = _GIB
-    """Bound on the ledger and its hourly sums: beyond it, rows become hourly sums early."""
+    """Bound on the ledger, its hourly sums and origins: beyond it, rows become hourly sums early."""
     keep_delivered: PositiveDuration = 7 * _DAY
     keep_sums: PositiveDuration = 400 * _DAY
 

@@ -169,6 +169,14 @@ class SourceConfig(Section):
         kinds = (FieldKind.ROUTE_NAME, FieldKind.AUTHORITY, FieldKind.SNI)
         return Field(next(kind for kind in kinds if getattr(self, kind.value) is not None))
 
+    def __str__(self) -> str:
+        """The source, its pattern and the name of its map file, in a line."""
+        parts: dict[str, object] = {name: getattr(self, name) for name in (*SOURCES, "pattern")}
+        if self.dynamic_metadata is not None:
+            parts["dynamic_metadata"] = ".".join((self.dynamic_metadata.filter, *self.dynamic_metadata.path))
+        parts |= {"map_file": None if self.map_file is None else self.map_file.name}
+        return ", ".join(f"{name}: {value}" for name, value in parts.items() if value is not None)
+
     @property
     def regex(self) -> re.Pattern[str] | None:
         """The pattern to search the text with, or None when all of it is taken.

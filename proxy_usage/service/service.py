@@ -220,7 +220,7 @@ class Service:
         windows, held = self._pipeline.windows, config.tenant.unattributed.max_identities
         windows.max_tenants = config.tenant.max_tenants
         windows.defaults = tuple(dimension.default for dimension in config.dimensions.values())
-        self._pipeline.max_held = self._storage.checkpoints.max_held = held
+        self._pipeline.holding.limit = self._storage.checkpoints.max_held = held
         for receiver in self._receivers:
             receiver.admit(change.admission, change.tls)
         for courier in self._couriers:

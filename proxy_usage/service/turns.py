@@ -125,10 +125,15 @@ class Turns:
     async def finish(self, make_room_s: float) -> None:
         """Turns until nothing is due; a full store is given some time to make room for the last ones."""
         until_s = time.monotonic() + make_room_s
-        while await self.turn() or (
-            self.full
-            and (self._housekeeping.busy or self._housekeeping.relieved)
-            and time.monotonic() < until_s
+        self._pipeline.origins.ending = True
+        while (
+            (await self.turn())
+            or (
+                self.full
+                and (self._housekeeping.busy or self._housekeeping.relieved)
+                and time.monotonic() < until_s
+            )
+            or (self.failure is None and self._pipeline.origins.due(self.beat_ms))
         ):
             continue
 

@@ -23,6 +23,7 @@ from proxy_usage.model import Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
 from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, counters, tally
 from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
+from proxy_usage.store.origins import NumberOf, OriginBook
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
 from proxy_usage.turn import Held, Layout, OutputSlot, Recovered, Turn
@@ -54,6 +55,7 @@ class Checkpoints:
 
     def __init__(self, database: Database, *, max_held: int) -> None:
         self._database = database
+        self._origins = OriginBook()
         self.max_held = max_held
         """Bound on rows of unattributed usage."""
         with database.reading() as db:
@@ -172,9 +174,11 @@ class Checkpoints:
                     save_streams(db, turn.streams)
                 if turn.connections is not None:
                     save_connections(db, turn.connections)
+                self._origins.add(db, turn.origins, self._numbers(db, mint, now_ms), now_ms)
                 db.execute("INSERT OR REPLACE INTO meta VALUES('turn', ?)", (str(turn.number),))
         except BaseException:
             self._held = held_before
+            self._origins.forget()
             raise
         self._grown += sum(map(len, records))
         return events
@@ -276,6 +280,10 @@ class Checkpoints:
                     (output, fate, key, meter, event.window_ms, event.value, now_ms, event.id),
                 )
 
+    @staticmethod
+    def _numbers(db: sqlite3.Connection, mint: Mint, now_ms: int) -> NumberOf:
+        return lambda key: key_number(db, key, mint.dimensions, now_ms)[0]
+
     def _hold(self, db: sqlite3.Connection, held: Held, names: Sequence[str], now_ms: int) -> None:
         """Adds unattributed usage to its row; past the bound, to one row per hour and reason."""
         identity = pack(held)
@@ -316,6 +324,7 @@ class Checkpoints:
         with self._database.transaction() as db:
             seen = look(db, wanted, after, attribute, mint, now_ms)
             events = self._close(db, seen.cells, mint, now_ms)
+            self._origins.add(db, seen.origins, self._numbers(db, mint, now_ms), now_ms)
             removed = let_go(db, seen)
         self._held -= removed
         return seen.result._replace(events=len(events))

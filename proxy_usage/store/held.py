@@ -14,6 +14,7 @@ from proxy_usage.attribution import Unattributed
 from proxy_usage.errors import UsageError
 from proxy_usage.events import Mint
 from proxy_usage.model import Cell, Identity, Key, Origin
+from proxy_usage.origins import REPLAYED, RowOrigin
 from proxy_usage.reattribution import Fact
 from proxy_usage.store.schema import dumps
 from proxy_usage.turn import Held
@@ -73,6 +74,7 @@ class Released(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Look:
     cells: tuple[Cell, ...]
+    origins: tuple[RowOrigin, ...]
     leftover: tuple[tuple[str, int, bytes], ...]
     """``(amounts, hour, digest)``: what meters that are no longer configured leave behind; mostly nothing."""
     result: Released
@@ -122,6 +124,7 @@ def look(
     names = [meter.name for meter in mint.meters]
     present_ms = now_ms - now_ms % mint.length_ms
     cells: list[Cell] = []
+    origins: list[RowOrigin] = []
     leftover: list[tuple[str, int, bytes]] = []
     unattributed = too_late = lost = 0
     for hour_ms, digest, packed, count, text in rows:
@@ -142,11 +145,13 @@ def look(
             window_ms = present_ms
         amounts: dict[str, int] = json.loads(text)
         cells.append(Cell(0, window_ms, key, count, tuple(amounts.pop(name, 0) for name in names)))
+        window_hour_ms = window_ms - window_ms % HOUR_MS
+        origins.append(RowOrigin(window_hour_ms, key, REPLAYED, kept.origin.node_id, count))
         rest = {name: amount for name, amount in amounts.items() if amount}
         leftover.append((dumps(rest) if rest else "", hour_ms, digest))
     position = (rows[-1][0], rows[-1][1]) if len(rows) == SLICE else None
     result = Released(len(cells), 0, unattributed, too_late, lost, position)
-    return _Look(tuple(cells), tuple(leftover), result)
+    return _Look(tuple(cells), tuple(origins), tuple(leftover), result)
 
 
 def let_go(db: sqlite3.Connection, seen: _Look) -> int:

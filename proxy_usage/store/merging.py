@@ -27,6 +27,7 @@ from proxy_usage.events import Mint, likeness
 from proxy_usage.store.database import Database, Sums, add_tallies, tally
 from proxy_usage.store.history import HOUR_MS, add_sums
 from proxy_usage.store.schema import dumps
+from proxy_usage.store.spans import note_merge
 
 SLICE = 4_000
 """Events looked at in one step."""
@@ -44,7 +45,7 @@ WAITING = (
     " WHERE output=? AND seq>? AND seq<=?"
 )
 LOAD = (
-    "SELECT e.seq, e.window_ms, e.value, e.minted_ms, e.body FROM json_each(?) j"
+    "SELECT e.seq, e.window_ms, e.value, e.minted_ms, e.body, e.id FROM json_each(?) j"
     " CROSS JOIN events e ON e.seq=j.value ORDER BY e.window_ms, e.seq"
 )
 UNTOUCHED = (
@@ -77,6 +78,7 @@ class _Row(NamedTuple):
     value: int
     minted_ms: int
     body: bytes
+    id: str
 
 
 @dataclass(slots=True)
@@ -213,6 +215,13 @@ class Merger:
                 "UPDATE events SET id=?, window_ms=?, value=?, minted_ms=?, body=? WHERE seq=?",
                 (event_id, rows[-1].window_ms, value, waits_since, body, seq),
             )
+        note_merge(
+            db,
+            [row.id for row in rows],
+            [event_id for event_id, _, _ in made],
+            rows[0].window_ms,
+            len(group.outputs),
+        )
         return len(rows) - len(made)
 
 

@@ -19,15 +19,29 @@ from typing import NamedTuple
 import structlog
 
 from proxy_usage.errors import StoreVersion
-from proxy_usage.store.schema import VERSION, translated
+from proxy_usage.store.schema import USAGE_TABLES, VERSION, translated
 
 log = structlog.get_logger()
 
 Step = Callable[[sqlite3.Connection], None]
 """Changes a store from its version to the next, inside the caller's transaction."""
 
-STEPS: Mapping[int, Step] = {}
-"""By the version that a step begins with. Empty: there is only one version yet."""
+
+def _usage_tables(db: sqlite3.Connection) -> None:
+    """Version 2: what a bill is explained by. What is there already has no origins; its times are found."""
+    # A store at its bound must not be kept from starting: indexes take some hundredths of what it holds.
+    (bound,) = db.execute("PRAGMA max_page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count={bound + bound // 8}")
+    for statement in USAGE_TABLES:
+        db.execute(statement)
+    db.execute(
+        "INSERT INTO spans SELECT entry >> 8, min(window_ms), max(window_ms) FROM ledger GROUP BY entry >> 8"
+    )
+    db.execute(f"PRAGMA max_page_count={bound}")
+
+
+STEPS: Mapping[int, Step] = {1: _usage_tables}
+"""By the version that a step begins with."""
 
 
 class History(NamedTuple):

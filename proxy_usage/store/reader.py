@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from proxy_usage.comparison import Ours
 from proxy_usage.errors import StoreVersion, UsageError
-from proxy_usage.store import sums
+from proxy_usage.store import sums, usage
 from proxy_usage.store.database import counters
 from proxy_usage.store.held import unpack
 from proxy_usage.store.migrate import check_readable
@@ -25,6 +25,7 @@ from proxy_usage.store.period import oldest_output, period
 from proxy_usage.store.report import asides
 from proxy_usage.store.restore import restored
 from proxy_usage.store.schema import connect_readonly, translated
+from proxy_usage.store.usage import EventTrace, Kept, UsageHour, UsageNotes
 from proxy_usage.store.views import (
     Conservation,
     DeadLetter,
@@ -40,6 +41,8 @@ from proxy_usage.store.views import (
 SQLITE_VERSION = sqlite3.sqlite_version
 
 _ALL_OUTPUTS = (0, (1 << 63) - 1)
+LOOK = 50_000
+"""Ledger rows read in one transaction where none can be found otherwise."""
 _FILES = {"database": "", "log": "-wal", "reserve": ".reserve", "intake": ".intake"}
 
 
@@ -188,16 +191,12 @@ class Reader:
                 " FROM events e JOIN keys k ON k.key=e.key WHERE e.id=?",
                 (event_id,),
             ).fetchone()
-            places = [] if row is None else _waiting(db, row[0])
-            settled = db.execute(
-                "SELECT k.tenant, k.dimensions, l.meter, l.window_ms, l.value, o.name, l.fate, l.at_ms,"
-                " l.answer FROM ledger l JOIN keys k ON k.key=l.key JOIN outputs o ON o.output=l.output"
-                " WHERE l.id=? ORDER BY l.output",
-                (event_id,),
-            ).fetchall()
+            places = {} if row is None else {place.output: place for place in _waiting(db, row[0])}
+        settled = list(self._settled(event_id))
         if row is None and not settled:
             return None
-        places.extend(Place(one[5], one[6], at_ms=one[7], status=one[8] or None) for one in settled)
+        for one in settled:  # also what was waiting a moment ago
+            places[one[5]] = Place(one[5], one[6], at_ms=one[7], status=one[8] or None)
         tenant, dimensions, meter, window_ms, value = settled[0][:5] if row is None else row[1:6]
         return EventView(
             id=event_id,
@@ -208,8 +207,58 @@ class Reader:
             value=value,
             minted_ms=None if row is None else row[6],
             body=None if row is None else row[7],
-            places=tuple(places),
+            places=tuple(places.values()),
         )
+
+    def _settled(self, event_id: str) -> Iterator[tuple[Any, ...]]:
+        """An event's ledger rows. They have no index: the ledger is read in slices, each a transaction."""
+        after = 0
+        while True:
+            with self._snapshot() as db:
+                (last,) = db.execute(
+                    "SELECT max(entry) FROM (SELECT entry FROM ledger WHERE entry>? ORDER BY entry LIMIT ?)",
+                    (after, LOOK),
+                ).fetchone()
+                rows = db.execute(
+                    "SELECT k.tenant, k.dimensions, l.meter, l.window_ms, l.value, o.name, l.fate, l.at_ms,"
+                    " l.answer FROM ledger l CROSS JOIN keys k ON k.key=l.key"
+                    " CROSS JOIN outputs o ON o.output=l.output"
+                    " WHERE l.entry>? AND l.entry<=? AND l.id=? ORDER BY l.entry",
+                    (after, last, event_id),
+                ).fetchall()
+            yield from rows
+            if last is None:
+                return
+            after = last
+
+    def explain(self, event_id: str) -> EventTrace | None:
+        """An event with what is known of how it came to be; None when the store knows it no more."""
+        view = self.event(event_id)
+        if view is None:
+            return None
+        return usage.trace(self._snapshot, view)
+
+    # --- usage ------------------------------------------------------------------------------------------
+
+    def usage(self, tenant: str, from_ms: int, to_ms: int) -> Iterator[UsageHour]:
+        """What a tenant used in windows that begin in ``[from_ms, to_ms)``, hour by hour.
+
+        Each is a transaction of its own, so that nothing waits for whoever reads on.
+
+        Raises:
+            UsageError: a bound lies within an hour of which only the sum is left.
+        """
+        return usage.hours(self._snapshot, tenant, from_ms, to_ms)
+
+    def kept(self) -> Kept:
+        """What the ledger still has."""
+        with self._snapshot() as db:
+            return usage.kept(db)
+
+    def usage_notes(self, tenant: str, from_ms: int, to_ms: int) -> UsageNotes:
+        """What is to be said beside ``usage``."""
+        with self._snapshot() as db:
+            return usage.notes(db, tenant, from_ms, to_ms)
 
     def dead_letters(
         self, output: str | None = None, reason: str | None = None, limit: int = 100

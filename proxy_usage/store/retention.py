@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from proxy_usage.store.database import Database, add_counters
 from proxy_usage.store.history import HOUR_MS, Place, add_sums, kept, remove_sums
+from proxy_usage.store.origins import oldest_origins, origins_kept, remove_origins, remove_sources
+from proxy_usage.store.spans import forget_merges, forget_spans
 
 DAY_MS = 86_400_000
 SLICE = 2_000
@@ -24,6 +26,8 @@ LOOK = 5_000
 """Rows looked at in one step that changes nothing."""
 ROW_BYTES = 100
 """What a ledger row takes at most, and what an hourly sum takes."""
+ORIGIN_BYTES = 50
+"""What an origin takes at most."""
 KEYS = 10_000
 """Keys looked at in one search for unused ones."""
 PAGES = 256
@@ -35,12 +39,17 @@ _SUMS = (
     " WHERE (hour_ms, output, fate, key, meter) > (?,?,?,?,?)"
     " ORDER BY hour_ms, output, fate, key, meter LIMIT ?"
 )
+_ORIGINS = (
+    "SELECT hour_ms, key, source, key FROM origins WHERE (hour_ms, key, source) > (?,?,?)"
+    " ORDER BY hour_ms, key, source LIMIT ?"
+)
 # What may refer to a key, in the direction in which references move: events are settled into the ledger, its
 # rows are rolled up. So one that moves while the search goes on is met where it arrives, if not before.
 _TABLES: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "events": ("SELECT seq, key FROM events WHERE seq>? ORDER BY seq LIMIT ?", (0,)),
     "ledger": ("SELECT entry, key FROM ledger WHERE entry>? ORDER BY entry LIMIT ?", (0,)),
     "sums": (_SUMS, (-(1 << 62), 0, "", 0, "")),
+    "origins": (_ORIGINS, (-(1 << 62), 0, 0)),
 }
 
 
@@ -89,14 +98,14 @@ class Retention:
         with self._database.transaction() as db:
             everything = short or self._ledger_bytes(db) > self._ledger_max_bytes
             rows = db.execute(
-                "SELECT entry, output, fate, key, meter, window_ms, value, at_ms FROM ledger"
+                "SELECT entry, output, fate, key, meter, window_ms, value, at_ms, id FROM ledger"
                 " ORDER BY entry LIMIT ?",
                 (SLICE,),
             ).fetchall()
             sums: dict[Place, tuple[int, int]] = {}
             last = 0
             rolled = 0
-            for entry, output, fate, key, meter, window_ms, value, at_ms in rows:
+            for entry, output, fate, key, meter, window_ms, value, at_ms, _ in rows:
                 # Written while the clock was ahead: its age is not known, and it must not be in the way.
                 if not everything and until_ms <= at_ms <= now_ms + DAY_MS:
                     break
@@ -107,16 +116,28 @@ class Retention:
             if rolled:
                 add_sums(db, sums)
                 db.execute("DELETE FROM ledger WHERE entry<=?", (last,))
+                forget_spans(db, last)
+                forget_merges(db, [row[-1] for row in rows[:rolled]])
         return rolled
 
     def forget(self, now_ms: int) -> int:
-        """Removes hourly sums older than ``keep_sums``, or the oldest beyond the ledger's bound."""
+        """Removes hourly sums older than ``keep_sums``, or the oldest beyond the ledger's bound.
+
+        Origins go with the sums of their hour. Returns how many of both.
+        """
         before_ms = now_ms - self._keep_sums_ms
+        before_ms -= before_ms % HOUR_MS
         with self._database.transaction() as db:
             beyond = self._ledger_bytes(db) - self._ledger_max_bytes
-            gone = remove_sums(db, before_ms - before_ms % HOUR_MS, SLICE)
+            gone = remove_sums(db, before_ms, SLICE) + remove_origins(db, before_ms, SLICE)
             if not gone and beyond > 0:
-                gone = remove_sums(db, 1 << 62, min(SLICE, -(-beyond // ROW_BYTES)))
+                (oldest_ms,) = db.execute("SELECT min(hour_ms) FROM sums").fetchone()
+                if oldest_origins(db, 1 << 62 if oldest_ms is None else oldest_ms):
+                    gone = remove_origins(db, 1 << 62, min(SLICE, -(-beyond // ORIGIN_BYTES)))
+                else:
+                    gone = remove_sums(db, 1 << 62, min(SLICE, -(-beyond // ROW_BYTES)))
+            if not gone:
+                remove_sources(db)
         return gone
 
     def expire_held(self, now_ms: int) -> int:
@@ -176,7 +197,7 @@ class Retention:
         # Apart: SQLite finds one end of a table at once, but not both in one query.
         first: int = db.execute("SELECT coalesce(min(entry), 1) FROM ledger").fetchone()[0]
         last: int = db.execute("SELECT coalesce(max(entry), 0) FROM ledger").fetchone()[0]
-        return (last - first + 1 + kept(db)) * ROW_BYTES
+        return (last - first + 1 + kept(db)) * ROW_BYTES + origins_kept(db) * ORIGIN_BYTES
 
     def _note(self, db: sqlite3.Connection, sweep: _Sweep) -> bool:
         """Takes note of unused keys, from where the last search ended. Returns whether there is none."""

@@ -12,7 +12,10 @@ host (SQLite's own EXCLUSIVE mode would shut readers out); any number of process
                clean (nothing of it can be stored yet)
     dead       dead letters: reason and answer; replay puts the delivery back
     ledger     what became of each event per output, after its bytes are gone: at most 100 bytes, oldest first
+    spans      the first and last window of each 256 entries of the ledger: finds a time without an index
     sums       old ledger rows by the hour of their windows; and how many events were merged into others
+    merges     what an event stands for that took the place of several
+    sources    a node, and the tenant rule that its rows matched; origins: rows by hour, key and source
     held       unattributed usage, per hour and raw identity
     tallies    events and values by output, fate and meter: the conservation sum
     counters   sums over the life of the store: counted amounts (``salvaged``: of these, out of a damaged
@@ -45,7 +48,7 @@ from proxy_usage.errors import (
 )
 
 APPLICATION_ID = 0x70757367  # "pusg"
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -103,6 +106,30 @@ CREATE TABLE waiting(
     window_ms INTEGER NOT NULL, open_ns INTEGER NOT NULL, since_ms INTEGER NOT NULL);
 CREATE TABLE intake(node TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID;
 """
+SPAN_TRIGGER = """CREATE TRIGGER ledger_span AFTER INSERT ON ledger BEGIN
+    INSERT INTO spans VALUES(NEW.entry >> 8, NEW.window_ms, NEW.window_ms) ON CONFLICT(span) DO UPDATE
+    SET first_ms=min(first_ms, NEW.window_ms), last_ms=max(last_ms, NEW.window_ms)
+    WHERE NEW.window_ms NOT BETWEEN first_ms AND last_ms; END"""
+MERGES = """CREATE TABLE merges(
+    id TEXT PRIMARY KEY, first_ms INTEGER NOT NULL, events INTEGER NOT NULL, outputs INTEGER NOT NULL
+    ) WITHOUT ROWID"""
+SOURCES = """CREATE TABLE sources(
+    source INTEGER PRIMARY KEY, rule TEXT NOT NULL, node TEXT NOT NULL, used_ms INTEGER NOT NULL,
+    UNIQUE(rule, node))"""
+ORIGINS = """CREATE TABLE origins(
+    hour_ms INTEGER NOT NULL, key INTEGER NOT NULL, source INTEGER NOT NULL, rows INTEGER NOT NULL,
+    PRIMARY KEY(hour_ms, key, source)) WITHOUT ROWID"""
+USAGE_TABLES = (
+    "CREATE INDEX events_window ON events(window_ms, key)",
+    "CREATE INDEX keys_tenant ON keys(tenant)",
+    "CREATE TABLE spans(span INTEGER PRIMARY KEY, first_ms INTEGER NOT NULL, last_ms INTEGER NOT NULL)",
+    "CREATE INDEX spans_last ON spans(last_ms, first_ms)",
+    SPAN_TRIGGER,
+    MERGES,
+    SOURCES,
+    ORIGINS,
+)
+"""What version 2 added: what a bill is explained by."""
 
 
 class Lock:
@@ -248,7 +275,7 @@ def _prepare(db: sqlite3.Connection, path: Path, max_bytes: int, newest: int) ->
     db.execute(f"PRAGMA max_page_count={max(64, max_bytes // page)}")
     if empty:
         db.executescript(
-            f"BEGIN IMMEDIATE;{TABLES}PRAGMA application_id={APPLICATION_ID};"
+            f"BEGIN IMMEDIATE;{TABLES}{';'.join(USAGE_TABLES)};PRAGMA application_id={APPLICATION_ID};"
             f"PRAGMA user_version={VERSION};COMMIT;"
         )
 

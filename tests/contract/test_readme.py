@@ -172,7 +172,7 @@ def seeded(config: Config) -> dict[str, str]:
     assert batch.events[0].id == dead.id
     storage.queue.settle(batch, {batch.events[0].seq: Fate("dead", 200, "not_accepted")}, NOW_MS)
     storage.close()
-    return {"deadletters": dead.id, "queue": waiting.id}
+    return {"deadletters": dead.id, "queue": waiting.id, "explain": waiting.id}
 
 
 def test_the_commands_of_the_program_do_what_they_say(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +23,7 @@ import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2
 from program import DEADLINE_S, Sink, eventually
 
+from proxy_usage.config.models import METER_TYPES
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.bootstrap import EnvoyOptions, bootstrap
 from proxy_usage.demo.compare import AccessLog, differences
@@ -30,6 +31,8 @@ from proxy_usage.demo.envoy import EnvoyProcess
 from proxy_usage.demo.traffic import mixed
 from proxy_usage.demo.truth import Tenant, Truth, tenants
 from proxy_usage.demo.upstream import Upstream
+from proxy_usage.store.reader import Reader
+from proxy_usage.store.usage_sums import UsageSums
 
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 
@@ -248,6 +251,24 @@ class World:
         """Waits until everything that was sent is delivered, to the unit, and nothing is on its way."""
         await eventually(lambda: not self.differences(), "the bill is right", why=self.differences)
         await eventually(self.sink.idle, "everything is settled", why=self.sink.said)
+
+
+def used(reader: Reader, tenant: str) -> UsageSums:
+    """What ``proxy-usage usage`` shows of a tenant over all time."""
+    sums = UsageSums()
+    for hour in reader.usage(tenant, 0, 1 << 45):
+        sums.add(hour)
+    return sums
+
+
+def delivered(reader: Reader, tenants: Iterable[str]) -> dict[tuple[str, str], int]:
+    """What ``proxy-usage usage`` shows as delivered: by tenant and event type, as the stand-in has it."""
+    return {
+        (tenant, METER_TYPES[one.meter]): one.delivered
+        for tenant in tenants
+        for one in used(reader, tenant).sums()
+        if one.delivered
+    }
 
 
 def _tenants(given: int | tuple[Tenant, ...]) -> tuple[Tenant, ...]:

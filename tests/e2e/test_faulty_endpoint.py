@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from harness import World
+from harness import World, delivered
 from program import eventually
 
 from proxy_usage.demo.checks import METERS
@@ -92,6 +92,7 @@ async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:
     # Small batches, so that there are many answers; a late one comes after the sink has given up on it.
     output = {"batch": {"events": 2}, "timeout": "400ms"}
     async with World(tmp_path, tenants=4, output=output) as world:
+        names = [tenant.name for tenant in world.tenants]
         kinds = (Fault.BUSY, Fault.UNAVAILABLE, Fault.REJECT, Fault.LOST, Fault.LATE)
         world.billing.faults = Faults(
             seed=4, per_mille=dict.fromkeys(kinds, 40), retry_after="1", delay_ms=1000, script=kinds
@@ -112,6 +113,9 @@ async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:
         with world.sink.reader() as reader:
             assert reader.conservation(deep=True).balanced
             assert {letter.reason for letter in reader.dead_letters()} == {"INVALID_VALUE_TYPE"}
+            # What was stored, and refused when it went again, is a dead letter here.
+            shown, arrived = delivered(reader, names), world.billing.arrived.sums()
+            assert all(shown[place] <= arrived[place] for place in shown)
 
         world.billing.faults = Faults()
         replay = await world.sink.cli("deadletters", "replay")
@@ -122,6 +126,7 @@ async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:
         assert world.billing.arrived.violations == []
         with world.sink.reader() as reader:
             status, sums = reader.status(), reader.conservation(deep=True)
+            assert delivered(reader, names) == world.billing.arrived.sums()
         assert sums.balanced, sums
         assert status.outputs[0].delivered == len(world.billing.stored)
         assert await world.sink.stop() == 0

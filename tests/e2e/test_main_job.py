@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from envoy.data.accesslog.v3 import accesslog_pb2
-from harness import Row, World
+from harness import Row, World, used
 from program import intake_rows
 
+from proxy_usage.config.models import METER_TYPES
 from proxy_usage.decode.choice import SWITCH, choose
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.checks import METERS
@@ -26,6 +27,8 @@ from proxy_usage.demo.compare import Spent
 from proxy_usage.demo.truth import NO_ROUTE, Truth
 from proxy_usage.model import NS_PER_SECOND
 from proxy_usage.store.reader import Reader
+from proxy_usage.store.usage import EventTrace
+from proxy_usage.store.usage_sums import UsageSums
 from proxy_usage.store.views import Conservation, Status
 
 pytestmark = pytest.mark.e2e
@@ -33,6 +36,7 @@ pytestmark = pytest.mark.e2e
 REQUESTS, INGRESS, EGRESS, SECONDS = METERS
 SENT = 2_400
 STRAYS = 24
+NODE = "demo-envoy"
 HTTP = accesslog_pb2.HTTPAccessLogEntry
 
 
@@ -50,6 +54,9 @@ class Run:
     intake: Mapping[str, int]
     status: Status
     conservation: Conservation
+    usage: Mapping[str, UsageSums]
+    explained: Mapping[str, EventTrace]
+    """One event of each tenant."""
 
     @property
     def ended(self) -> list[Any]:
@@ -94,6 +101,12 @@ async def run_once(directory: Path, expected_fold: str) -> AsyncIterator[Run]:
                 intake=intake_rows(world.sink.store),
                 status=reader.status(),
                 conservation=reader.conservation(deep=True),
+                usage={tenant.name: used(reader, tenant.name) for tenant in world.tenants},
+                explained={
+                    stored.tenant: trace
+                    for event_id, stored in world.billing.arrived.stored.items()
+                    if (trace := reader.explain(event_id)) is not None
+                },
             )
 
 
@@ -181,6 +194,30 @@ def test_the_store_adds_up_row_by_row(run: Run) -> None:
     assert run.conservation.balanced, run.conservation
     assert all(terms.difference == 0 for terms in run.conservation.meters)
     assert all(terms.balanced for terms in run.conservation.outputs)
+
+
+def test_usage_is_what_arrived_and_says_where_it_came_from(run: Run) -> None:
+    shown = {
+        (tenant, METER_TYPES[one.meter]): (one.used, one.delivered)
+        for tenant, sums in run.usage.items()
+        for one in sums.sums()
+    }
+    assert shown == {place: (value, value) for place, value in run.arrived.sums().items()}
+    for tenant, sums in run.usage.items():
+        (source,) = sums.sources()
+        assert (source.node, source.rule) == (NODE, "0 custom_tag: project_name")
+        assert source.rows == run.truth.tenants()[tenant].requests
+
+
+def test_an_event_is_explained_back_to_its_rule(run: Run) -> None:
+    assert run.explained.keys() == run.tenants
+    for tenant, trace in run.explained.items():
+        assert trace.event.tenant == tenant
+        (place,) = trace.event.places
+        assert (place.output, place.state, place.status) == ("billing", "delivered", 200)
+        assert {(one.node, one.rule) for one in trace.sources} == {(NODE, "0 custom_tag: project_name")}
+        sent = run.truth.by_route()[tenant, trace.event.dimensions["httproute_name"]].requests
+        assert 0 < sum(one.rows for one in trace.sources) <= sent  # the run may have passed a full hour
 
 
 def test_the_sink_ends_well(run: Run) -> None:

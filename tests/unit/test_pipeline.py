@@ -11,8 +11,9 @@ from wire import DOWNSTREAM_START, http_row, message, tcp_row
 
 from proxy_usage.attribution import Attributor
 from proxy_usage.errors import StoreError, StoreFull
+from proxy_usage.holding import OVERFLOW
 from proxy_usage.model import NS_PER_MS, NS_PER_SECOND
-from proxy_usage.pipeline import OVERFLOW, Port
+from proxy_usage.pipeline import Port
 from proxy_usage.service.build import build_attributor, build_folds
 
 ALPHA = {"project_name": "alpha"}

@@ -11,6 +11,7 @@ from proxy_usage.errors import StoreForeign, StoreUnavailable, UsageError
 from proxy_usage.model import Key
 from proxy_usage.store import Fate
 from proxy_usage.store.reader import Reader
+from proxy_usage.store.schema import VERSION
 from proxy_usage.store.views import Tally
 
 DEAD = Fate("dead", 200, "rejected", "unknown meter")
@@ -55,7 +56,7 @@ def test_status_shows_every_place(path: Path) -> None:
     assert status.rows == {"counted": {"": 6}, "skipped": {"upstream": 2}}
     assert (status.intake, status.crash_lost) == ({"node-a": 4}, {})
     assert (status.open_windows, status.keys, status.unattributed) == (1, 2, 1)
-    assert status.schema_version == 1
+    assert status.schema_version == VERSION
     assert status.sizes["database"] == path.stat().st_size > 0
 
 
@@ -330,9 +331,9 @@ def test_a_missing_store_is_named(path: Path) -> None:
 def test_a_store_of_a_newer_version_is_refused(path: Path) -> None:
     lively(path)
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version=2")
+    db.execute(f"PRAGMA user_version={VERSION + 1}")
     db.close()
-    with pytest.raises(StoreForeign, match="schema version 2"):
+    with pytest.raises(StoreForeign, match=f"schema version {VERSION + 1}"):
         Reader(path)
 
 
