@@ -13,7 +13,6 @@ from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
 from proxy_usage.control import ControlServer
 from proxy_usage.decode import CHOICE, Split
-from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
 from proxy_usage.intake import OTHERS
 from proxy_usage.metrics import Metrics
