@@ -10,7 +10,7 @@ RUN python -m venv /opt/proxy-usage \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE NOTICE ./
 COPY proxy_usage proxy_usage
 # The builder leaves again: the service needs nothing that installs or compiles.
 RUN /opt/proxy-usage/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation . \

@@ -31,7 +31,7 @@ EXTENSION := setup.py $(wildcard proxy_usage/decode/native/*)
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run check test test-faults bench bench-check bench-core soak format protos docs ceilometer lock clean lint types imports unit most-tests e2e-tests
+.PHONY: help setup run check test test-faults bench bench-check bench-core soak format protos screenshots docs ceilometer lock clean lint types imports unit most-tests e2e-tests
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,7 @@ bench-core: $(DEV)  ## what folding, checkpoints and rows of long streams cost h
 	@$(PY) bench/long_rows.py
 	@$(PY) bench/memory_streams.py
 	@$(PY) bench/jetstream.py
+	@$(PY) bench/page.py
 
 soak: $(DEV)  ## 5 million waiting events, then 20 minutes of load, churn, rotation and outages
 	@$(PY) bench/soak_backlog.py
@@ -72,6 +73,11 @@ format: $(DEV)  ## rewrite the Python code in the house style
 
 protos: $(DEV)  ## regenerate the protobuf code from protos/
 	@$(PY) protos/generate.py
+
+screenshots: $(DEV)  ## take the pictures of the operator's page in docs/images anew: about 6 minutes
+	@mkdir -p docs/images
+	@SCREENSHOTS=docs/images $(PYTEST) --timeout 900 tests/e2e/test_operators_page.py
+	@$(PY) docs/choose_pictures.py docs/images
 
 docs: $(DEV)  ## rewrite docs/troubleshooting.md and configuration.md from the code
 	@$(PY) docs/write_pages.py

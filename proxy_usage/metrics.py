@@ -168,3 +168,18 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return prometheus.generate_latest(self.registry)
+
+
+def total(metric: prometheus.Counter | prometheus.Gauge) -> int:
+    """The present value, over all labels."""
+    return sum(int(sample.value) for family in metric.collect() for sample in family.samples)
+
+
+def by_label(counter: prometheus.Counter, label: str) -> dict[str, int]:
+    """The present values of a counter, added up by one of its labels."""
+    found: dict[str, int] = {}
+    for family in counter.collect():
+        for sample in family.samples:
+            value = sample.labels[label]
+            found[value] = found.get(value, 0) + int(sample.value)
+    return found

@@ -1,4 +1,7 @@
-"""The read-only HTTP port: /healthz, /readyz, /metrics. Nothing on it names a tenant.
+"""The read-only HTTP port: /healthz, /readyz, /metrics, and the operator's page with /api/state.
+
+Nothing on it names a tenant but /api/state, and that only where it is allowed and the reader is known: by the
+token, or because both ends are on this machine.
 
 A connection has ten seconds for each request, from its first byte, or its opening, to the end of its headers,
 and thirty for the answer; what is slower, or one connection too many, is closed.
@@ -7,16 +10,21 @@ and thirty for the answer; what is slower, or one connection too many, is closed
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
+import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from proxy_usage.errors import ListenError
+from proxy_usage.page.assets import assets
 
 MAX_CONNECTIONS = 64
 MAX_LINE = 4_096
@@ -25,6 +33,17 @@ REQUEST_S = 10.0
 ANSWER_S = 30.0
 OPEN_TO_ALL = frozenset({"/healthz", "/readyz"})
 """Asked by probes, which carry no token."""
+WORTH_PACKING = 1_024
+"""Bytes from which on an answer is compressed for those who take it so."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Of every answer: no script but the page's own runs, and nothing is asked of anybody else."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -55,13 +74,23 @@ class Exposition(Protocol):
         ...
 
 
+class Page(Protocol):
+    """What the operator's page shows."""
+
+    def state(self, *, tenants: bool) -> bytes:
+        """One JSON document. ``tenants``: it may name them."""
+        ...
+
+
 class Web:
     """The HTTP listener.
 
     Args:
         health: asked at each request.
         refresh: brings the gauges up to date before a scrape.
-        token: what clients must send as a bearer token; None: nothing.
+        token: what clients must send as a bearer token, or browsers as a password; None: nothing.
+        page: what is at / and /api/state; None: nothing.
+        tenants: the page may name tenants, to those who have the token, or are on this machine.
     """
 
     def __init__(
@@ -73,6 +102,8 @@ class Web:
         health: Callable[[], Health],
         refresh: Callable[[], Awaitable[None] | None],
         token: Token | None = None,
+        page: Page | None = None,
+        tenants: bool = False,
         request_s: float = REQUEST_S,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -82,6 +113,8 @@ class Web:
         self._metrics = metrics
         self._health = health
         self._refresh = refresh
+        self._page = page
+        self._tenants = tenants
         self._limits = {False: request_s, True: answer_s}
         self._runner: web.AppRunner | None = None
         self._since: dict[object, tuple[bool, float]] = {}  # connection: whether it is answered, since when
@@ -98,6 +131,10 @@ class Web:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._scrape)
+        if self._page is not None:
+            app.router.add_get("/api/state", self._state)
+            for path in assets():
+                app.router.add_get(path, self._file)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -151,11 +188,16 @@ class Web:
         self._since[request.protocol] = (True, time.monotonic())
         try:
             if self.token is not None and request.path not in OPEN_TO_ALL and not self._knows(request):
-                return web.Response(
-                    status=401, text="a bearer token is required\n", headers={"WWW-Authenticate": "Bearer"}
+                response: web.StreamResponse = web.Response(
+                    status=401,
+                    text="a bearer token is required; a browser may give it as a password, with any name\n",
                 )
+                response.headers.add("WWW-Authenticate", "Bearer")
+                response.headers.add("WWW-Authenticate", 'Basic realm="proxy-usage", charset="UTF-8"')
+                response.headers.update(HEADERS)
+                return response
             response = await handler(request)
-            response.headers["X-Content-Type-Options"] = "nosniff"
+            response.headers.update(HEADERS)
             await response.prepare(request)
             await response.write_eof()
         finally:
@@ -164,10 +206,8 @@ class Web:
 
     def _knows(self, request: web.Request) -> bool:
         wanted = self.token.token() if self.token is not None else ""
-        given = request.headers.get("Authorization", "")
-        return bool(wanted) and hmac.compare_digest(
-            given.encode(errors="replace"), f"Bearer {wanted}".encode()
-        )
+        given = _given(request.headers.get("Authorization", ""))
+        return bool(wanted) and hmac.compare_digest(given, wanted.encode())
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         alive = self._health().alive
@@ -177,6 +217,28 @@ class Web:
         reasons = dict(self._health().reasons)
         return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
 
+    async def _file(self, request: web.Request) -> web.Response:
+        asset = assets()[request.path]
+        tag = f'"{asset.tag}"'
+        headers = {"Cache-Control": "no-cache", "ETag": tag}
+        if request.headers.get("If-None-Match") == tag:
+            return web.Response(status=304, headers=headers)
+        response = web.Response(body=asset.body, content_type=asset.type, charset="utf-8", headers=headers)
+        if len(asset.body) > WORTH_PACKING:
+            response.enable_compression()
+        return response
+
+    async def _state(self, request: web.Request) -> web.Response:
+        assert self._page is not None, "the route is there with the page alone"
+        named = self._tenants and (self.token is not None or _local(request))
+        response = web.Response(
+            body=self._page.state(tenants=named),
+            content_type="application/json",
+            headers={"Cache-Control": "no-store"},
+        )
+        response.enable_compression()
+        return response
+
     async def _scrape(self, _request: web.Request) -> web.Response:
         if (gathering := self._refresh()) is not None:
             await gathering
@@ -184,6 +246,32 @@ class Web:
             body=self._metrics.exposition(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
+
+
+def _given(header: str) -> bytes:
+    """The token in an Authorization header: a bearer's, or a password with whatever name. Empty: none."""
+    scheme, _, value = header.partition(" ")
+    if scheme == "Bearer":
+        return value.encode(errors="replace")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+def _local(request: web.Request) -> bool:
+    """Whether the reader is on this machine, and meant to ask it.
+
+    A page of somebody else's that has its own name resolve to 127.0.0.1 has a browser ask for that name.
+    """
+    try:
+        host = urlsplit(f"//{request.host}").hostname or ""
+        name_is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return name_is_local and ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        return False
 
 
 def _why(error: OSError) -> str:

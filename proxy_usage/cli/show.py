@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from proxy_usage.events import rfc3339
+from proxy_usage.page.names import visible
 
 Cell = str | int | None
 
@@ -41,9 +42,7 @@ def lossy(raw: bytes) -> str:
 
 def safe(text: str) -> str:
     """Text without anything that a terminal would obey or that would break a line."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return visible(text)
 
 
 def moment(time_ms: int | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, size, table
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
     from proxy_usage.store.views import Conservation, MeterTerms, OutputStatus, Status
 
 
-def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def status(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show what the operator's page shows, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        int, typer.Option("--interval", metavar="SECONDS", min=1, help="With --watch: how often.")
+    ] = 2,
+) -> None:
     """Show what the store holds and how deliveries fare.
 
     Works beside a running service, which is then asked as well, and without one. Amounts are base units.
@@ -23,6 +34,12 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     from proxy_usage.store.total import total_conservation, total_status
 
     loaded = load_config(config)
+    if watch:
+        from proxy_usage.cli.watch import watch as keep_watching
+        from proxy_usage.control import socket_path
+
+        keep_watching(socket_path(loaded.store.path), interval_s=interval, as_json=as_json)
+        return
     with opened(loaded) as stores:
         each = stores.each(lambda reader: (reader.status(), reader.conservation()))
     found = total_status([status for status, _ in each.values()])

@@ -33,6 +33,7 @@ def check(config: Config) -> Iterator[Finding]:
     for one in (
         _addresses,
         _plaintext,
+        _tenants_named,
         _tls,
         _limits,
         _envoy,
@@ -80,6 +81,17 @@ def _plaintext(config: Config) -> Iterator[Finding]:
             f"{address} is plaintext that other machines can reach",
             f"{way} listen.insecure: true if the network is trusted, or listen on 127.0.0.1",
             concerns=(("listen", "insecure"), ("listen", "tls")),
+        )
+
+
+def _tenants_named(config: Config) -> Iterator[Finding]:
+    listen = config.listen
+    if listen.http_tenants and listen.http_token_file is None and not is_loopback(listen.http):
+        yield Finding(
+            ("listen", "http_tenants"),
+            f"tenants would be named to everybody who reaches {listen.http}",
+            "give listen.http_token_file, or listen on 127.0.0.1",
+            concerns=(("listen", "http_token_file"), ("listen", "http")),
         )
 
 

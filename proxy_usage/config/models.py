@@ -129,6 +129,8 @@ class ListenConfig(Section):
     """Bearer token that clients must send."""
     http_token_file: FilePath | None = None
     """Bearer token for the HTTP port, without which it answers nobody but probes of health."""
+    http_tenants: Flag = False
+    """Lets the operator's page name tenants; the port must want a token, or listen on a loopback address."""
     limits: LimitsConfig = LimitsConfig()
 
 

@@ -88,6 +88,8 @@ class Policy:
         self.max_bytes = self._most_bytes = max_bytes
         self._taken = 0
         self.failures = 0
+        self.outcome = ""
+        """Why the last attempt was not accepted; empty when it was."""
         self.paused: str | None = None
         self.detail = ""
         self.apart: frozenset[str] = frozenset()
@@ -208,6 +210,7 @@ class Policy:
 
     def _wait(self, reason: str, answer: str, now_ms: int, after_ms: int = 0, *, pause: bool = False) -> Step:
         self.failures += 1
+        self.outcome = reason
         self.detail = answer
         if pause:
             self.paused = reason
@@ -218,6 +221,7 @@ class Policy:
 
     def _recovered(self) -> None:
         self.failures = 0
+        self.outcome = ""
         self._ambiguous = 0
         self._waits = (0, 0)
         self.paused = None

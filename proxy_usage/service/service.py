@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import structlog
 
 from proxy_usage import __version__
 from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
-from proxy_usage.config.fields import split_address
 from proxy_usage.control import ControlServer
 from proxy_usage.decode import CHOICE, Split
-from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
 from proxy_usage.intake import OTHERS
 from proxy_usage.metrics import Metrics
@@ -34,13 +33,14 @@ from proxy_usage.service.checking import check_beside
 from proxy_usage.service.collector import collect_seldom, settle
 from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.logs import configure_log
+from proxy_usage.service.looking import Lookout, Parts, build_web
 from proxy_usage.service.reloading import prepare
 from proxy_usage.service.salvaging import salvage_all
 from proxy_usage.service.turns import Turns
 from proxy_usage.service.verbs import Verbs
 from proxy_usage.store.aside import files as set_aside_files
 from proxy_usage.store.thread import StoreThread
-from proxy_usage.web import Health, Web
+from proxy_usage.web import Health
 
 log = structlog.get_logger()
 
@@ -64,7 +64,13 @@ class Service:
     """
 
     def __init__(
-        self, config: Config, storage: Storage, *, reload: Callable[[], Config], worker: bool = False
+        self,
+        config: Config,
+        storage: Storage,
+        *,
+        reload: Callable[[], Config],
+        config_file: Path | None = None,
+        worker: bool = False,
     ) -> None:
         self.config = config
         self._reload = reload
@@ -89,7 +95,15 @@ class Service:
             on_events=self._wake,
             on_reopened=storage.intake.renew,
         )
-        self._web = None if worker else self._build_web(config)
+        moving = (self._pipeline, self._turns, self._couriers, self._housekeeping)
+        seen = Parts(
+            lambda: self.config, storage, self._metrics, *moving, self.health, lambda: self._config_error
+        )
+        self._lookout = Lookout(seen, config_file, clock_ms)
+        self._turns.on_closed = self._lookout.closed
+        self._web = (
+            None if worker else build_web(config, self._metrics, self.health, self._refresh, self._lookout)
+        )
         store = config.store.path
         self._control = ControlServer(
             store.with_name(store.name + ".sock"),
@@ -101,6 +115,7 @@ class Service:
                 status=self.status,
                 health=self.health,
                 scrape=self._exposition,
+                page=lambda: self._lookout.document(tenants=self.config.listen.http_tenants),
                 wake=self._wake,
             ).handlers(),
         )
@@ -109,15 +124,6 @@ class Service:
         self._started = False
         self._oldest_ms: dict[int, int | None] = {}
         self._config_error = ""
-
-    def _build_web(self, config: Config) -> Web:
-        return Web(
-            *split_address(config.listen.http),
-            metrics=self._metrics,
-            health=self.health,
-            refresh=self._refresh,
-            token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
-        )
 
     # --- start ------------------------------------------------------------------------------------------
 
@@ -135,6 +141,7 @@ class Service:
         await self._control.start()
         self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
         self._stages["watch"] = asyncio.create_task(self._watch(), name="watch")
+        self._stages["page"] = asyncio.create_task(self._lookout.run(), name="page")
         for courier in self._couriers:
             name = f"output {courier.settings.name}"
             self._stages[name] = asyncio.create_task(courier.run(), name=name)

@@ -99,7 +99,7 @@ async def serve(
     storage.past.tell(storage.loss)
     service: Service | None = None
     try:
-        service = Service(config, storage, reload=read, worker=part is not None)
+        service = Service(config, storage, reload=read, config_file=path, worker=part is not None)
         if not await live(service, forcible=part is None):
             what = "stopped before the drain was done; what was not durable is reported at the next start"
             log.warning(what)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
 from proxy_usage.metrics import Metrics
+from proxy_usage.model import Cell
 from proxy_usage.pipeline import Pipeline, next_step
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.observing import Observer
@@ -80,6 +81,8 @@ class Turns:
         self._clock_ms = clock_ms
         self._on_events = on_events
         self._on_reopened = on_reopened
+        self.on_closed: Callable[[Sequence[Cell], int], None] = lambda _cells, _now_ms: None
+        """Called with the cells of windows that were closed and are durable, and the present."""
         self._stop = asyncio.Event()
         self._retry_s = RETRY_S
         self._slice = SLICE
@@ -167,6 +170,7 @@ class Turns:
             self._failed(error)
             return False
         self._pipeline.commit(turn)
+        self.on_closed(turn.windows.closing, now_ms)
         self._worked(now_ms)
         await _paused(turn.windows.release())
         self._metrics.checkpoints.inc()
@@ -212,6 +216,7 @@ class Turns:
         self._in_doubt = None
         if last >= turn.number:
             self._pipeline.commit(turn)
+            self.on_closed(turn.windows.closing, self._clock_ms())
             self._worked(self._clock_ms())
             self._on_events()
         else:

@@ -23,6 +23,7 @@ class Verbs:
     Args:
         status: what only the running process knows.
         health, scrape: what /readyz and /metrics say, for a supervisor.
+        page: what the operator's page shows.
         wake: tells delivery that there is something to send.
     """
 
@@ -36,6 +37,7 @@ class Verbs:
         status: Callable[[], Mapping[str, object]],
         health: Callable[[], Health],
         scrape: Callable[[], bytes],
+        page: Callable[[], Mapping[str, object]],
         wake: Callable[[], None],
     ) -> None:
         self._repairs = repairs
@@ -45,6 +47,7 @@ class Verbs:
         self._status_of = status
         self._health_of = health
         self._scrape = scrape
+        self._page_of = page
         self._wake = wake
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -55,6 +58,7 @@ class Verbs:
             "health": self._health,
             "metrics": self._metrics_text,
             "outputs.retire": self._retire,
+            "page": self._page,
             "record.start": self._record,
             "record.status": self._record_status,
             "record.stop": self._record_stop,
@@ -115,6 +119,9 @@ class Verbs:
 
     async def _metrics_text(self, _arguments: Arguments) -> object:
         return self._scrape().decode()
+
+    async def _page(self, _arguments: Arguments) -> object:
+        return self._page_of()
 
 
 def _letters(arguments: Arguments) -> tuple[str | None, list[str], str | None]:

@@ -26,6 +26,7 @@ from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look
 from proxy_usage.store.origins import NumberOf, OriginBook
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
+from proxy_usage.store.week import Hours, add_hours
 from proxy_usage.turn import Held, Layout, OutputSlot, Recovered, Turn
 
 RECORD_CELLS = 2_000
@@ -242,6 +243,7 @@ class Checkpoints:
     ) -> tuple[Event, ...]:
         events: list[Event] = []
         sums: Sums = {}
+        hours: Hours = {}
         names = [meter.name for meter in mint.meters]
         for cell in cells:
             number, stored = key_number(db, cell.key, mint.dimensions, now_ms)
@@ -250,9 +252,14 @@ class Checkpoints:
             stored.update((name, left) for name, left in zip(names, minted.remainders, strict=True) if left)
             db.execute("UPDATE keys SET remainders=?, used_ms=? WHERE key=?", (dumps(stored), now_ms, number))
             for event in minted.events:
-                self._queue(db, event, number, names[event.meter], now_ms, sums)
+                meter = names[event.meter]
+                self._queue(db, event, number, meter, now_ms, sums)
+                count, value = hours.get((event.window_ms, meter), (0, 0))
+                hours[event.window_ms, meter] = (count + 1, value + event.value)
             events.extend(minted.events)
         add_tallies(db, sums)
+        if hours:
+            add_hours(db, hours, now_ms)
         return tuple(events)
 
     def _queue(

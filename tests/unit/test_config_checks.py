@@ -32,6 +32,13 @@ ONE_MISTAKE = {
     ),
     "plaintext for all": ("listen: {grpc: 0.0.0.0:9001}", 2, "listen.grpc", "plaintext", "insecure: true"),
     "plaintext by name": ("listen: {http: metrics:9001}", 2, "listen.http", "plaintext", "insecure: true"),
+    "tenants for everybody": (
+        "listen: {http: 0.0.0.0:9090, insecure: true, http_tenants: true}",
+        2,
+        "listen.http_tenants",
+        "named to everybody who reaches 0.0.0.0:9090",
+        "http_token_file",
+    ),
     "half of TLS": ("listen: {tls: {cert_file: there}}", 2, "listen.tls.key_file", "is missing", "cert_file"),
     "the other half": (
         "listen: {tls: {key_file: there}}",
