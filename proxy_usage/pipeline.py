@@ -19,6 +19,7 @@ from enum import StrEnum
 from proxy_usage.attribution import Attributor, Reason, Unattributed
 from proxy_usage.connections import Connections, Share
 from proxy_usage.decode import ConnectionRow, Drained, Fold, RowFate, Split, StreamRow
+from proxy_usage.intake import OTHERS, PLACES, Source, label
 from proxy_usage.model import Identity, Key, Origin, Quantity
 from proxy_usage.quota import Quota, overflow, trimmed
 from proxy_usage.reattribution import Fact, facts
@@ -63,14 +64,16 @@ class _Pending:
     counted: list[int]
     fates: Counter[tuple[str, str]] = field(default_factory=Counter)
     held: dict[_HeldKey, list[int]] = field(default_factory=dict)
+    ended: Counter[str] = field(default_factory=Counter)
 
 
 class Pipeline:
     """From rows to turns.
 
     Args:
-        counts: rows read per node, absolute: they go into each turn.
+        counts: rows read, absolute: they go into each turn.
         last_turn: number of the last turn that took effect.
+        ended: see the attribute.
         max_held: see the attribute.
         streams: the owner of long streams; None where Envoy sends no periodic rows.
         connections: who used which connection; None where listener rows are not metered.
@@ -84,9 +87,10 @@ class Pipeline:
         windows: Windows,
         *,
         quantities: Sequence[Quantity],
-        counts: Callable[[], Mapping[str, int]],
+        counts: Callable[[], Mapping[Source, int]],
         max_held: int,
         last_turn: int = 0,
+        ended: Mapping[str, int] | None = None,
         streams: Streams | None = None,
         connections: Connections | None = None,
         max_identities: int = 100_000,
@@ -95,6 +99,8 @@ class Pipeline:
         self.streams = streams
         self.connections = connections
         self.observed = Observed()
+        self.ended = Counter(ended or {})
+        """End rows of HTTP streams per node, of any fate, over the life of the store."""
         self._folds = dict(folds)
         self._attributor = attributor
         self._quantities = tuple(quantities)
@@ -151,10 +157,19 @@ class Pipeline:
                     self.connections.saw(sighting, user, start_ns)
             for listener_row in drained.connection_rows:
                 self._close_connection(self.connections, listener_row, now_ms)
+        self._end(drained.ended)
         self._pending.fates.update(fates)
         self.observed.rows.update(fates)
         self.observed.notes.update(drained.notes)
         self.observed.complaints.extend(drained.complaints)
+
+    def _end(self, ended: Mapping[str, int]) -> None:
+        for node, rows in ended.items():
+            name = label(node)
+            if name not in self.ended and len(self.ended) >= PLACES:
+                name = OTHERS
+            self.ended[name] += rows
+            self._pending.ended[name] += rows
 
     def _attribute(self, identity: Identity, now_ms: int) -> Key | Unattributed:
         """Whom the identity's usage is billed to, unless its node brings too many of them."""
@@ -226,6 +241,7 @@ class Pipeline:
                 for (hour_ms, reason, identity, known), (rows, *amounts) in pending.held.items()
             ),
             intake=self._counts(),
+            ended=pending.ended,
             streams=None if self.streams is None else self.streams.begin(),
             connections=None if self.connections is None else self.connections.begin(),
         )
@@ -242,6 +258,7 @@ class Pipeline:
         if self.connections is not None and turn.connections is not None:
             self.connections.rollback(turn.connections)
         self._pending.fates.update(turn.fates)
+        self._pending.ended.update(turn.ended)
         self._count(turn.counted)
         for held in turn.held:
             self._add_held((held.hour_ms, held.reason, held.identity, held.facts), held.rows, held.amounts)

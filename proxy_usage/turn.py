@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy_usage.connections import ConnectionTurn, SavedConnections
+from proxy_usage.intake import Source
 from proxy_usage.model import Amounts, Cell, Identity, Meter
 from proxy_usage.reattribution import Fact
 from proxy_usage.streams import SavedStreams, StreamTurn
@@ -39,8 +40,10 @@ class Turn:
     fates: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Rows by ``(fate, reason)``."""
     held: tuple[Held, ...] = ()
-    intake: Mapping[str, int] = field(default_factory=dict)
-    """Rows read per node, absolute over the life of the store."""
+    intake: Mapping[Source, int] = field(default_factory=dict)
+    """Rows read, absolute over the life of the store."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams per node, of any fate."""
     streams: StreamTurn | None = None
     """None where Envoy sends no periodic rows."""
     connections: ConnectionTurn | None = None
@@ -83,9 +86,11 @@ class Recovered:
     layout: Layout | None
     cells: tuple[tuple[Cell, int], ...]
     """Open cells with their due time in milliseconds."""
-    intake: Mapping[str, int]
+    intake: Mapping[Source, int]
     streams: SavedStreams
     connections: SavedConnections
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams per node, over the life of the store."""
 
 
 class OutputSlot(NamedTuple):

@@ -1,4 +1,4 @@
-"""The read-only HTTP port: /healthz, /readyz, /metrics. Nothing on it names a tenant.
+"""The read-only HTTP port: /healthz, /readyz, /metrics, /api/…. Nothing on it names a tenant.
 
 A connection has ten seconds for each request, from its first byte, or its opening, to the end of its headers,
 and thirty for the answer; what is slower, or one connection too many, is closed.
@@ -12,8 +12,10 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
 from aiohttp import web
 
 from proxy_usage.errors import ListenError
@@ -55,6 +57,7 @@ class Web:
         health: asked at each request.
         refresh: brings the gauges up to date before a scrape.
         token: what clients must send as a bearer token; None: nothing.
+        api: what further paths answer with, as JSON.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Web:
         health: Callable[[], Health],
         refresh: Callable[[], None],
         token: Token | None = None,
+        api: Mapping[str, Callable[[], object]] = MappingProxyType({}),
         request_s: float = REQUEST_S,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -75,6 +79,7 @@ class Web:
         self._metrics = metrics
         self._health = health
         self._refresh = refresh
+        self._api = api
         self._limits = {False: request_s, True: answer_s}
         self._runner: web.AppRunner | None = None
         self._since: dict[object, tuple[bool, float]] = {}  # connection: whether it is answered, since when
@@ -91,6 +96,8 @@ class Web:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._scrape)
+        for path in self._api:
+            app.router.add_get(path, self._tell)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -169,6 +176,10 @@ class Web:
     async def _readyz(self, _request: web.Request) -> web.Response:
         reasons = dict(self._health().reasons)
         return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        body = msgspec.json.encode(self._api[request.path]())
+        return web.Response(body=body, content_type="application/json")
 
     async def _scrape(self, _request: web.Request) -> web.Response:
         self._refresh()

@@ -65,7 +65,7 @@ _Sizes = tuple[int, int, int, int]  # wire in and out, body in and out
 _NO_VALUE = b"-"
 """What Envoy's formatters write where there is nothing."""
 _SWITCHED = 101
-_TCP_PERIODIC, _PERIODIC = 2, 5  # AccessLogType
+_TCP_PERIODIC, _PERIODIC, _END = 2, 5, 6  # AccessLogType
 _CONNECT = 6  # RequestMethod
 _NO_REQUEST = als.Request()
 _NO_RESPONSE = als.Response()
@@ -83,6 +83,8 @@ class _Source:
     skip: tuple[SkipTest, ...]
     rules: tuple[tuple[int, Reader], ...]
     dimensions: tuple[Reader, ...]
+    ended: int = 0
+    """End rows of HTTP streams, of any fate."""
     cells: dict[_CellKey, list[int]] = field(default_factory=dict)
     """Rows, then ``_SUMS``."""
 
@@ -176,6 +178,9 @@ class Fold:
             complaints=self._complaints,
         )
         for source in self._sources.values():
+            if source.ended:
+                node = source.origin.node_id
+                drained.ended[node] = drained.ended.get(node, 0) + source.ended
             for (window_ms, rule, value, dimensions, routed), (rows, *sums) in source.cells.items():
                 identity = Identity(source.plain, rule, value, dimensions, routed)
                 totals = [rows, *(sums[column] for column in self._columns)]
@@ -202,6 +207,7 @@ class Fold:
     def _http(self, source: _Source, raw: bytes) -> Fate:
         row = als.HttpRow.FromString(raw)
         common, request, response = row.common_properties, row.request, row.response
+        source.ended += common.access_log_type == _END
         handling = source.http.get(common.access_log_type) or self._unknown(source, common)
         if handling.untyped and common.intermediate_log_entry:
             handling = source.http[_PERIODIC]

@@ -110,6 +110,9 @@ class Drained:
     ``malformed_message``, damage behind which an unknown number of rows was lost, in no other count."""
     complaints: list[str] = field(default_factory=list)
     """The first of the invalid rows and damaged messages, a line each: what is wrong, and where."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams by node id, of any fate but unreadable: what Envoy's counters of requests are
+    compared with."""
 
 
 class Handling(NamedTuple):

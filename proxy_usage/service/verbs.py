@@ -21,6 +21,7 @@ class Verbs:
 
     Args:
         status: what only the running process knows.
+        audit: what the audit came to.
         wake: tells delivery that there is something to send.
     """
 
@@ -32,6 +33,7 @@ class Verbs:
         metrics: Metrics,
         *,
         status: Callable[[], Mapping[str, object]],
+        audit: Callable[[], object],
         wake: Callable[[], None],
     ) -> None:
         self._repairs = repairs
@@ -39,11 +41,13 @@ class Verbs:
         self._recorder = recorder
         self._metrics = metrics
         self._status_of = status
+        self._audit_of = audit
         self._wake = wake
 
     def handlers(self) -> Mapping[str, Handler]:
         """What the control socket serves."""
         return {
+            "audit": self._audit,
             "deadletters.redate": self._redate,
             "deadletters.replay": self._replay,
             "outputs.retire": self._retire,
@@ -97,6 +101,9 @@ class Verbs:
 
     async def _record_status(self, _arguments: Arguments) -> object:
         return self._recorder.status()
+
+    async def _audit(self, _arguments: Arguments) -> object:
+        return self._audit_of()
 
     async def _status(self, _arguments: Arguments) -> object:
         return self._status_of()

@@ -18,6 +18,7 @@ import msgspec
 
 from proxy_usage.errors import StoreForeign
 from proxy_usage.events import Mint
+from proxy_usage.intake import HTTP, Source, by_node
 from proxy_usage.model import Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
 from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, counters, tally
@@ -81,7 +82,11 @@ class Checkpoints:
             cells = fold_log(db)
             row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
             layout = msgspec.json.decode(row[0], type=Layout) if row else None
-            intake = dict(db.execute("SELECT node, rows FROM intake"))
+            intake = {
+                Source(node, log, kind): rows
+                for node, log, kind, rows in db.execute("SELECT node, log, kind, rows FROM intake")
+            }
+            ended = counters(db, "ended")
             streams = load_streams(db)
             connections = load_connections(db)
         return Recovered(
@@ -95,6 +100,7 @@ class Checkpoints:
                 for birth, state in cells.values()
             ),
             intake=intake,
+            ended=ended,
             streams=streams,
             connections=connections,
         )
@@ -103,10 +109,10 @@ class Checkpoints:
         self,
         layout: Layout,
         outputs: Sequence[OutputSlot],
-        lost: Mapping[str, int],
+        lost: Mapping[Source, int],
         *,
         unknown: Iterable[str] = (),
-        unexplained: Mapping[str, int] = MappingProxyType({}),
+        unexplained: Mapping[Source, int] = MappingProxyType({}),
     ) -> None:
         """Makes the store fit this start: its layout, its outputs, and what the crash before it lost.
 
@@ -114,10 +120,10 @@ class Checkpoints:
         read again.
 
         Args:
-            lost: rows per node that the former process had read and not saved. They are added both to
-                ``crash_lost`` and to ``intake``, so that no later start reports them again.
+            lost: rows that the former process had read and not saved. They are added both to ``crash_lost``
+                and to ``intake``, so that no later start reports them again.
             unknown: nodes of which nobody can say what was lost; counted in ``crash_unknown``.
-            unexplained: rows per node that ``intake`` is raised by without a word.
+            unexplained: rows that ``intake`` is raised by without a word.
         """
         with self._database.transaction() as db:
             row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
@@ -127,12 +133,15 @@ class Checkpoints:
                 "INSERT INTO meta VALUES('layout', ?) ON CONFLICT(name) DO UPDATE SET value=excluded.value",
                 (msgspec.json.encode(layout).decode(),),
             )
-            add_counters(db, "crash_lost", lost.items())
+            add_counters(db, "crash_lost", by_node(lost).items())
+            lost_http = {source: rows for source, rows in lost.items() if source.kind == HTTP}
+            add_counters(db, "crash_lost_http", by_node(lost_http).items())
             add_counters(db, "crash_unknown", ((node, 1) for node in unknown))
-            for node, rows in (*lost.items(), *unexplained.items()):
+            for source, rows in (*lost.items(), *unexplained.items()):
                 db.execute(
-                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=rows+excluded.rows",
-                    (node, rows),
+                    "INSERT INTO intake VALUES(?,?,?,?) ON CONFLICT(node, log, kind)"
+                    " DO UPDATE SET rows=rows+excluded.rows",
+                    (*source, rows),
                 )
         self.outputs = tuple(outputs)
 
@@ -162,9 +171,11 @@ class Checkpoints:
                 add_counters(db, "counted", zip(names, turn.counted, strict=True))
                 add_counters(db, "rows", ((f"{f}/{reason}", n) for (f, reason), n in turn.fates.items()))
                 db.executemany(
-                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=excluded.rows",
-                    turn.intake.items(),
+                    "INSERT INTO intake VALUES(?,?,?,?) ON CONFLICT(node, log, kind)"
+                    " DO UPDATE SET rows=excluded.rows",
+                    [(*source, rows) for source, rows in turn.intake.items()],
                 )
+                add_counters(db, "ended", turn.ended.items())
                 if turn.streams is not None:
                     save_streams(db, turn.streams)
                 if turn.connections is not None:

@@ -26,8 +26,25 @@ log = structlog.get_logger()
 Step = Callable[[sqlite3.Connection], None]
 """Changes a store from its version to the next, inside the caller's transaction."""
 
-STEPS: Mapping[int, Step] = {}
-"""By the version that a step begins with. Empty: there is only one version yet."""
+
+def _logs_and_audits(db: sqlite3.Connection) -> None:
+    """Rows read are counted by log name too; and there are audits."""
+    db.execute("ALTER TABLE intake RENAME TO former_intake")
+    db.execute(
+        "CREATE TABLE intake(node TEXT NOT NULL, log TEXT NOT NULL, kind TEXT NOT NULL,"
+        " rows INTEGER NOT NULL, PRIMARY KEY(node, log, kind)) WITHOUT ROWID"
+    )
+    db.execute("INSERT INTO intake SELECT node, '', '', rows FROM former_intake")
+    db.execute("DROP TABLE former_intake")
+    db.execute("CREATE TABLE audits(envoy TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID")
+    db.execute(
+        "CREATE TABLE audit_hours(hour_ms INTEGER NOT NULL, node TEXT NOT NULL, figures TEXT NOT NULL,"
+        " PRIMARY KEY(hour_ms, node)) WITHOUT ROWID"
+    )
+
+
+STEPS: Mapping[int, Step] = {1: _logs_and_audits}
+"""By the version that a step begins with."""
 
 
 class History(NamedTuple):

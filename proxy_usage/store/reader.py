@@ -96,7 +96,7 @@ class Reader:
                 outputs=sums.outputs(db, sums.tallies(db)),
                 meters=sums.meters(db, cells),
                 rows=sums.rows(db),
-                intake=dict(db.execute("SELECT node, rows FROM intake ORDER BY node")),
+                intake=dict(db.execute("SELECT node, sum(rows) FROM intake GROUP BY node ORDER BY node")),
                 crash_lost=counters(db, "crash_lost"),
                 open_windows=len(cells),
                 keys=db.execute("SELECT count(*) FROM keys").fetchone()[0],

@@ -17,7 +17,8 @@ host (SQLite's own EXCLUSIVE mode would shut readers out); any number of process
     tallies    events and values by output, fate and meter: the conservation sum
     counters   sums over the life of the store: counted amounts (``salvaged``: of these, out of a damaged
                store), rows by fate, crash losses
-    intake     rows read per node as of the last checkpoint
+    intake     rows read per node, log name and kind as of the last checkpoint
+    audits     where the audit of each Envoy stands; audit_hours: what it found, by node and hour
     ties       which keys used an open connection; waiting: listener rows whose time is not booked yet
     stream_*   long streams: a log of changed records, whole shards that make older log obsolete, their keys
 """
@@ -45,7 +46,7 @@ from proxy_usage.errors import (
 )
 
 APPLICATION_ID = 0x70757367  # "pusg"
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -101,7 +102,13 @@ CREATE TABLE ties(
 CREATE TABLE waiting(
     number INTEGER PRIMARY KEY, connection BLOB NOT NULL, start_ns INTEGER NOT NULL, identity BLOB NOT NULL,
     window_ms INTEGER NOT NULL, open_ns INTEGER NOT NULL, since_ms INTEGER NOT NULL);
-CREATE TABLE intake(node TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE intake(
+    node TEXT NOT NULL, log TEXT NOT NULL, kind TEXT NOT NULL, rows INTEGER NOT NULL,
+    PRIMARY KEY(node, log, kind)) WITHOUT ROWID;
+CREATE TABLE audits(envoy TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE audit_hours(
+    hour_ms INTEGER NOT NULL, node TEXT NOT NULL, figures TEXT NOT NULL,
+    PRIMARY KEY(hour_ms, node)) WITHOUT ROWID;
 """
 
 

@@ -55,7 +55,7 @@ def test_status_shows_every_place(path: Path) -> None:
     assert status.rows == {"counted": {"": 6}, "skipped": {"upstream": 2}}
     assert (status.intake, status.crash_lost) == ({"node-a": 4}, {})
     assert (status.open_windows, status.keys, status.unattributed) == (1, 2, 1)
-    assert status.schema_version == 1
+    assert status.schema_version == 2
     assert status.sizes["database"] == path.stat().st_size > 0
 
 
@@ -330,9 +330,9 @@ def test_a_missing_store_is_named(path: Path) -> None:
 def test_a_store_of_a_newer_version_is_refused(path: Path) -> None:
     lively(path)
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version=2")
+    db.execute("PRAGMA user_version=3")
     db.close()
-    with pytest.raises(StoreForeign, match="schema version 2"):
+    with pytest.raises(StoreForeign, match="schema version 3"):
         Reader(path)
 
 

@@ -10,7 +10,8 @@ from money import T0, Store
 from structlog.testing import capture_logs
 
 from proxy_usage.errors import StoreError, StoreVersion
-from proxy_usage.store import Database, aside
+from proxy_usage.intake import Source
+from proxy_usage.store import Checkpoints, Database, aside
 from proxy_usage.store.migrate import HISTORY, STEPS, History
 from proxy_usage.store.reader import Reader
 from proxy_usage.store.schema import VERSION
@@ -160,3 +161,26 @@ def test_a_damaged_store_is_not_migrated_but_set_aside(path: Path) -> None:
     assert [note.at_ms for note in aside.notes(path)] == [T0]
     assert version(aside.notes(path)[0].path) == OLD
     assert version(path) == NEW
+
+
+def test_counts_by_node_alone_become_those_of_a_log_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    Database(path).close()
+    db = sqlite3.connect(path)
+    db.executescript(
+        "DROP TABLE intake; DROP TABLE audits; DROP TABLE audit_hours;"
+        "CREATE TABLE intake(node TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID;"
+        "INSERT INTO intake VALUES('edge-1', 7), ('edge-2', 9); PRAGMA user_version=1;"
+    )
+    db.close()
+    database = Database(path)
+    checkpoints = Checkpoints(database, max_held=1)
+    assert checkpoints.recover().intake == {Source("edge-1"): 7, Source("edge-2"): 9}
+    fresh = Database(tmp_path / "new.db")
+    described = "SELECT name, sql FROM sqlite_master WHERE name IN ('intake', 'audits', 'audit_hours')"
+    tables = [
+        {name: "".join(sql.split()) for name, sql in each.db.execute(described)} for each in (database, fresh)
+    ]
+    assert tables[0] == tables[1]
+    database.close()
+    fresh.close()
