@@ -168,6 +168,23 @@ class Verdict(NamedTuple):
     pending: Pending | None
 
 
+def state(figures: Figures, pending: Pending | None, *, stale: bool) -> tuple[str, str]:
+    """A node's state, and why."""
+    if pending is not None and pending.reason:
+        return "unknown", pending.reason
+    if figures.unknown:
+        return "unknown", "an interval can never be decided: an Envoy or a sink took its counters with it"
+    if figures.missing > 0 or figures.dropped or figures.crash_lost:
+        return "missing", ""
+    if pending is not None and pending.at_least > 0:
+        return "missing", ""
+    if stale:
+        return "unknown", "rows have been on their way for too long to be sure"
+    if not figures.to_ms:
+        return "unknown", "nothing to begin from yet"
+    return "complete", ""
+
+
 def judge(track: Track, sights: Sequence[Sight], *, settle_ms: int, floor: bool = False) -> Verdict:
     """Takes the readings of one round into account; changes ``track``.
 
@@ -189,8 +206,9 @@ def judge(track: Track, sights: Sequence[Sight], *, settle_ms: int, floor: bool 
     high = min(highs)
     low = max((_difference(track.base, a, b) for a, b in _apart(points, settle_ms)), default=0)
     settled = next((b for a, b in _apart(points, settle_ms) if _same(a, b)), None)
-    track.last = points[-1]
-    track.final = settled is not None and settled.sent.draining and settled.sent.connections == 0
+    still_final = track.final and track.last is not None and _same(track.last, points[-1])
+    ends = settled is not None and settled.sent.draining and settled.sent.connections == 0
+    track.last, track.final = points[-1], ends or still_final
     if settled is not None:
         return Verdict(_decide(track, settled, _difference(track.base, settled, settled), True, floor), None)
     if not track.doubt and (high <= 0 or high == low):
@@ -259,7 +277,8 @@ def _begin_anew(track: Track) -> None:
         track.doubt = track.doubt or "the Envoy ended between two readings, and its counters with it"
     if track.base is not None:
         track.base = track.base.carried(track.last.sent)
-    track.quiet = None if track.doubt or track.quiet is None else track.quiet.carried(track.last.sent)
+    if track.quiet is not None:
+        track.quiet = track.quiet.carried(track.last.sent)
     track.last, track.final = None, False
 
 
@@ -285,9 +304,9 @@ def _trust(track: Track, first: Point, now: Point) -> None:
     for sink, got in first.got.items():
         if sink not in base.got and got.rows and got.born_ms <= base.at_ms:
             base.got = {**base.got, sink: got}
-            track.doubt = track.doubt or "a sink is asked for the first time that had rows before"
+            track.doubt = "a sink is asked for the first time that had rows before"
     if now.total("doubts") != base.total("doubts"):
-        track.doubt = track.doubt or "a sink cannot say what a crash, or the loss of its store, cost"
+        track.doubt = "a sink cannot say what a crash, or the loss of its store, cost"
 
 
 def _apart(points: Sequence[Point], settle_ms: int) -> list[tuple[Point, Point]]:
@@ -323,9 +342,11 @@ def _decide(track: Track, now: Point, missing: int, settled: bool, floor: bool) 
         missing = max(0, missing - lost_http)
     if track.doubt:
         certain = not track.doubt.startswith("a sink")
+        if settled and certain and track.quiet is not None:  # what was in the ended Envoy's buffer is lost
+            missing = max(missing, _http_missing(track.quiet, now) - track.since_quiet[1])
         found.unknown, found.at_least = 1, max(0, missing) if certain or floor else 0
         gone = found.at_least
-        track.quiet, track.since_quiet = (now if settled else None), [0, 0]
+        track.quiet, track.since_quiet, track.owed = (now if settled else None), [0, 0], 0
     else:
         # Below 0: late rows of what was given up; beyond that, the first reading had rows on their way.
         found.missing = max(missing, -track.owed)
@@ -341,7 +362,7 @@ def _http_part(track: Track, now: Point, found: Figures, settled: bool) -> int:
     """How many of the missing rows are HTTP rows: exact when nothing moves, else in proportion."""
     quiet, (missing, http) = track.quiet, track.since_quiet
     if settled and quiet is not None:
-        part = now.sent.written - quiet.sent.written - (now.total("http") - quiet.total("http")) - http
+        part = _http_missing(quiet, now) - http
     else:
         part = found.missing * found.written // max(1, found.flushed)
         part = min(found.missing, max(0, part)) if found.missing >= 0 else max(found.missing, min(0, part))
@@ -350,6 +371,11 @@ def _http_part(track: Track, now: Point, found: Figures, settled: bool) -> int:
     else:
         track.since_quiet = [missing + found.missing, http + part]
     return part
+
+
+def _http_missing(quiet: Point, now: Point) -> int:
+    """HTTP rows that were written and not received, where none waits in Envoy at either moment."""
+    return now.sent.written - quiet.sent.written - (now.total("http") - quiet.total("http"))
 
 
 def _estimate(found: Figures, base: Point, now: Point, lost: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy_usage.completeness import Figures, Pending
+from proxy_usage.completeness import Figures, Pending, state
 from proxy_usage.intake import OTHERS
 from proxy_usage.metrics import MAX_NODES_NAMED, Metrics
 from proxy_usage.store.audits import Hour
@@ -56,23 +56,6 @@ class NodeResult(NamedTuple):
             "at_most": None if no_bound else settled + (open_most or 0),
             "under_way": open_most,
         }
-
-
-def state(figures: Figures, pending: Pending | None, *, stale: bool) -> tuple[str, str]:
-    """A node's state, and why."""
-    if pending is not None and pending.reason:
-        return "unknown", pending.reason
-    if figures.unknown:
-        return "unknown", "an interval can never be decided: an Envoy or a sink took its counters with it"
-    if figures.missing > 0 or figures.dropped or figures.crash_lost:
-        return "missing", ""
-    if pending is not None and pending.at_least > 0:
-        return "missing", ""
-    if stale:
-        return "unknown", "rows have been on their way for too long to be sure"
-    if not figures.to_ms:
-        return "unknown", "nothing to begin from yet"
-    return "complete", ""
 
 
 class Ledger:

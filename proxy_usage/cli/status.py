@@ -39,6 +39,7 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             ("rows", _rows(found)),
             ("open windows", found.open_windows),
             ("unattributed", found.unattributed),
+            ("audit", _audit(service)),
             ("balanced", _balance(sums)),
             *_past(found),
         ]
@@ -69,6 +70,17 @@ def _service(answer: Any) -> list[tuple[str, Cell]]:
     if answer.get("config_error"):
         lines.append(("", f"reload refused: {answer['config_error']}"))
     return lines
+
+
+def _audit(service: Any) -> str | None:
+    """How complete the rows are, by the audit of a running service; None where it has none."""
+    told = service.get("audit") if isinstance(service, dict) else None
+    if told is None:
+        return None
+    if not told:
+        return "the first round is under way"
+    states = ", ".join(f"{told[name]} {name}" for name in ("complete", "missing", "unknown") if told[name])
+    return f"{states or 'no node'}; {told['missing_entries']} entries of the last day missing"
 
 
 def _space(found: Status, limit: int, service: Any) -> str:
