@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -24,6 +24,8 @@ MAX_ADDRESSES = 1_000
 """Addresses of all names together."""
 STATS = "/stats/prometheus"
 INTAKE = "/api/intake"
+
+Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,12 @@ class Asker:
 
     Args:
         token: for the other sinks.
+        resolve: gives the addresses of a host name. Raises OSError where it has none.
     """
 
-    def __init__(self, token: TokenFile | None = None) -> None:
+    def __init__(self, token: TokenFile | None = None, resolve: Resolve | None = None) -> None:
         self.token = token
+        self._resolve = resolve or addresses
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Asker:
@@ -78,7 +82,11 @@ class Asker:
         found: dict[str, tuple[Place, ...]] = {}
         left = MAX_ADDRESSES
         for url in urls:
-            found[url] = (await _addresses(url))[:left]
+            try:
+                known = await self._resolve(urlsplit(url).hostname or "")
+            except OSError:
+                known = []
+            found[url] = tuple(Place(url, address) for address in known[:left])
             left -= len(found[url])
         return found
 
@@ -134,13 +142,9 @@ class Asker:
             return None
 
 
-async def _addresses(url: str) -> tuple[Place, ...]:
-    host = urlsplit(url).hostname or ""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return ()
-    # One address family alone: a machine with two is one Envoy.
+async def addresses(host: str) -> Sequence[str]:
+    """What a name stands for, of one address family alone: a machine with two is one Envoy."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     families = {family for family, *_ in found}
     wanted = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    return tuple(Place(url, str(address[0])) for family, *_, address in sorted(found) if family == wanted)
+    return sorted({str(address[0]) for family, *_, address in found if family == wanted})
