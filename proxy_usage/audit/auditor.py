@@ -24,6 +24,8 @@ READINGS = 4
 """Readings of a round, spread over the time in which things must settle, and a quarter more."""
 GONE_MS = 600_000
 """An Envoy that has not answered for so long is given up, and what is open of it is unknown."""
+LINES = 10
+"""Nodes that a round names in the log; the lines say how many there are."""
 DRAINING_S = 1.0
 """So soon the next round follows one that saw an Envoy on its way out."""
 MAX_UNHEARD = 1_000
@@ -263,19 +265,23 @@ class Auditor:
             found.append((track.node, figures))
 
     def _observe(self, found: Iterable[tuple[str, Figures]]) -> None:
-        for node, figures in found:
-            lost = figures.missing + figures.dropped + figures.crash_lost
-            if lost > 0 or figures.unknown:
-                log.warning(
-                    "usage is missing",
-                    node=node[:200],
-                    missing=figures.missing,
-                    dropped=figures.dropped,
-                    crash_lost=figures.crash_lost,
-                    unknown=figures.unknown,
-                    at_least=figures.at_least,
-                    hint="proxy-usage audit shows it with an estimate",
-                )
+        lacking = [
+            (node, figures)
+            for node, figures in found
+            if figures.missing + figures.dropped + figures.crash_lost > 0 or figures.unknown
+        ]
+        for node, figures in lacking[:LINES]:
+            log.warning(
+                "usage is missing",
+                node=node[:200],
+                missing=figures.missing,
+                dropped=figures.dropped,
+                crash_lost=figures.crash_lost,
+                unknown=figures.unknown,
+                at_least=figures.at_least,
+                nodes=len(lacking),
+                hint="proxy-usage audit shows it with an estimate",
+            )
         self._ledger.gauges(self._metrics, self._at_ms)
 
 

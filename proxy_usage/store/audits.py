@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
+import structlog
 from ulid import ULID
 
 from proxy_usage.completeness import Figures, Track
 from proxy_usage.store.database import Database, counters
 from proxy_usage.store.history import HOUR_MS
+
+log = structlog.get_logger()
 
 MAX_HOURS = 200_000
 """Figures kept, one per node and hour with traffic or an audit; beyond it the oldest go. About 60 MB."""
@@ -62,9 +65,16 @@ class Audits:
             return {name: counters(db, name) for name in ("crash_lost", "crash_lost_http", "crash_unknown")}
 
     def tracks(self) -> dict[str, Track]:
-        """Where each comparison stands, by Envoy."""
+        """Where each comparison stands, by Envoy. One that cannot be read begins anew."""
+        found: dict[str, Track] = {}
         with self._database.reading() as db:
-            return {envoy: _track(state) for envoy, state in db.execute("SELECT envoy, state FROM audits")}
+            rows = db.execute("SELECT envoy, state FROM audits").fetchall()
+        for envoy, state in rows:
+            try:
+                found[envoy] = _track(state)
+            except msgspec.MsgspecError as error:
+                log.warning("audit begins anew", envoy=envoy, error=str(error))
+        return found
 
     def hours(self, from_ms: int) -> tuple[Hour, ...]:
         """Figures of hours that begin at a moment or later."""

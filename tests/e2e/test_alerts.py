@@ -220,6 +220,15 @@ async def test_what_a_real_envoy_says_it_wrote_is_what_is_read(command: str, tmp
                 return written is not None and written >= 300 and written == await prometheus.value(read)
 
             await eventually(same, "written is read", why=prometheus.said, poll_s=0.3)
+            # What is recorded of both sides, TCP rows included, is what the program says it received.
+            received = world.sink.read()
+
+            async def agree() -> bool:
+                sides = ("envoy_entries_flushed", "entries_received")
+                values = [await prometheus.value(f"proxy_usage:{side}:sum") for side in sides]
+                return values == [received, received] and received == world.sink.read()
+
+            await eventually(agree, "both sides are recorded", why=prometheus.said, poll_s=0.3)
             assert await prometheus.value(f"sum({DROPPED})") == 0
             assert not {"ProxyUsageEntriesMissing", "ProxyUsageEnvoyDropsRows"} & set(
                 await prometheus.firing()

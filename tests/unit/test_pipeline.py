@@ -251,6 +251,22 @@ def test_a_refused_turn_is_in_the_next_one_with_what_came_meanwhile(tmp_path: Pa
         assert by_node(sink.storage.intake.counts()) == {"envoy-1": 9}
 
 
+def test_end_rows_are_counted_by_node_whatever_becomes_of_them_and_survive_a_crash(tmp_path: Path) -> None:
+    """Envoy's counters of requests are compared with them, and Envoy knows of no tenant."""
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read(row(), row(tags={"project_name": "No"}), row(route=""), tcp_row())
+        sink.read(row(details="internal_redirect"), row(type=DOWNSTREAM_START), node="envoy-2")
+        sink.storage.database.db.execute("PRAGMA query_only=1")
+        with pytest.raises(StoreError):
+            sink.turn()
+        sink.storage.database.db.execute("PRAGMA query_only=0")
+        sink.turn()
+        assert sink.pipeline.ended == {"envoy-1": 3, "envoy-2": 1}
+        sink.read(row())
+        sink.crash()
+        assert sink.pipeline.ended == {"envoy-1": 3, "envoy-2": 1}
+
+
 def test_while_the_store_is_full_nothing_read_is_lost(tmp_path: Path) -> None:
     with InnerSink(tmp_path, now_ms=T0) as sink:
         full(sink)

@@ -35,6 +35,7 @@ async def serving(
         health=lambda: Health(True, reasons or {}),
         refresh=lambda: None,
         token=token,
+        api={"/api/x": lambda: {"rows": 7}},
         request_s=request_s,
         answer_s=request_s,
     )
@@ -71,6 +72,12 @@ async def test_probes_need_no_token_and_everything_else_does() -> None:
         assert (await get(web, "/metrics", Authorization="Bearer renewed"))[0] == 200
         token.text = ""  # its file cannot be read
         assert (await get(web, "/metrics", Authorization="Bearer "))[0] == 401
+
+
+async def test_what_the_api_says_is_json_behind_the_token() -> None:
+    async with serving(Fixed("s3cret")) as web:
+        assert await get(web, "/api/x", Authorization="Bearer s3cret") == (200, '{"rows":7}')
+        assert (await get(web, "/api/y", Authorization="Bearer s3cret"))[0] == 404
 
 
 async def test_it_only_reads() -> None:
