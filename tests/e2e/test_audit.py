@@ -208,6 +208,31 @@ async def test_what_envoy_drops_and_how_it_ends(tmp_path: Path) -> None:
         }
 
 
+async def test_rows_of_connections_are_in_what_envoy_flushed_and_are_told_apart(tmp_path: Path) -> None:
+    """They are in none of Envoy's counters of rows written or dropped."""
+    async with audited(tmp_path, envoy={"health_check": False}, listener_log=True) as audit:
+        world = audit.world
+        await audit.begun()
+        await world.send(60)
+        await eventually(lambda: world.sink.saved() > 60, "rows of connections came, too", why=audit.said)
+        await world.sink.kill()
+        await world.send(60)
+        await world.sink.start()
+
+        async def told_apart() -> bool:
+            node = await audit.node()
+            with world.sink.reader() as reader:
+                listener = reader.status().rows.get("skipped", {}).get("listener", 0)
+            return (
+                node.get("under_way") == 0
+                and node["written"] == world.truth.requests
+                and node["missing_http"] == world.truth.requests - (node["received"] - listener) >= 60
+                and node["missing_tcp"] == node["flushed"] - node["written"] - listener > 0
+            )
+
+        await eventually(told_apart, "both kinds are told apart", why=audit.said)
+
+
 async def test_another_logger_and_rows_of_connections_do_not_blur_it(tmp_path: Path) -> None:
     """Each request is logged twice, to another sink, too: Envoy's counters of rows mean both."""
     async with audited(

@@ -254,7 +254,8 @@ def test_a_refused_turn_is_in_the_next_one_with_what_came_meanwhile(tmp_path: Pa
 def test_end_rows_are_counted_by_node_whatever_becomes_of_them_and_survive_a_crash(tmp_path: Path) -> None:
     """Envoy's counters of requests are compared with them, and Envoy knows of no tenant."""
     with InnerSink(tmp_path, now_ms=T0) as sink:
-        sink.read(row(), row(tags={"project_name": "No"}), row(route=""), tcp_row())
+        sink.read(row(), row(tags={"project_name": "No"}), row(route=""))
+        sink.read(tcp_row())
         sink.read(row(details="internal_redirect"), row(type=DOWNSTREAM_START), node="envoy-2")
         sink.storage.database.db.execute("PRAGMA query_only=1")
         with pytest.raises(StoreError):
