@@ -14,6 +14,7 @@ from proxy_usage.audit.intake import Received
 from proxy_usage.audit.results import Finding, Ledger, summary
 from proxy_usage.completeness import Figures, Got, Pending, Sight, Track, give_up, judge
 from proxy_usage.errors import StoreError
+from proxy_usage.intake import OTHERS, label
 from proxy_usage.metrics import Metrics
 from proxy_usage.store.audits import Audits
 from proxy_usage.store.thread import StoreThread
@@ -222,6 +223,12 @@ class Auditor:
                 )
         if look.node is None and track is not None:
             look.node = track.node
+        if look.node is not None:
+            look.node = label(look.node)
+            if all(look.node not in one.nodes for one in sinks.values()) and any(
+                OTHERS in one.nodes for one in sinks.values()
+            ):
+                look.doubt = "it may be among the nodes that a sink does not count apart"
 
     # --- judging ----------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from proxy_usage.audit.exposition import read_stats
 from proxy_usage.completeness import Figures, Sent
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import StoreError
-from proxy_usage.intake import HTTP, OTHERS, TCP, Source
+from proxy_usage.intake import HTTP, OTHERS, TCP, Source, label
 from proxy_usage.metrics import MAX_NODES_NAMED, Metrics
 from proxy_usage.store import Database
 from proxy_usage.store.audits import Audits
@@ -155,7 +155,7 @@ class Site:
         return latest
 
 
-def received(sink: str, *, live: Sequence[str] = ("127.0.0.1",), **rows: int) -> Received:
+def received(sink: str, live: Sequence[str] = ("127.0.0.1",), /, **rows: int) -> Received:
     return report(
         sink,
         1,
@@ -236,8 +236,8 @@ async def test_other_sinks_get_the_token_and_envoys_do_not(tmp_path: Path) -> No
 async def test_each_address_of_a_name_is_an_envoy(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         here.names["envoys.test"] = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-        here.own = received("own", live=["127.0.0.1"], edge=100)
-        other = received("own", live=["127.0.0.2"], cloud=100)
+        here.own = received("own", ["127.0.0.1"], edge=100)
+        other = received("own", ["127.0.0.2"], cloud=100)
         here.own.nodes.update(other.nodes)
         nodes = {node["node"]: node for node in (await here.rounds(here.auditor()))["nodes"]}
         assert {name: node["state"] for name, node in nodes.items()} == {
@@ -264,6 +264,23 @@ async def test_two_envoys_at_one_address_are_told_apart_or_not_audited(
         named = here.auditor(Envoy(here.url("envoys.test"), "edge"))
         states = {node["node"]: node["state"] for node in (await here.rounds(named))["nodes"]}
         assert states["edge"] == "complete"
+
+
+async def test_long_names_are_compared_as_the_sinks_know_them(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        name = "n" * 300
+        here.answers["/server_info"] = {"node": {"id": name}}
+        here.own = received("own", **{label(name): 100})
+        assert only(await here.rounds(here.auditor()))["state"] == "complete"
+
+
+async def test_a_node_that_no_sink_counts_apart_is_unknown(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.answers["/server_info"] = {"node": {"id": "one too many"}}
+        here.own.nodes[OTHERS] = here.own.nodes.pop("edge")
+        nodes = {node["node"]: node for node in (await here.rounds(here.auditor()))["nodes"]}
+        assert nodes["one too many"]["state"] == "unknown"
+        assert "does not count apart" in nodes["one too many"]["reason"]
 
 
 async def test_two_addresses_that_are_one_node_are_not_audited(tmp_path: Path) -> None:
