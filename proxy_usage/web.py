@@ -1,4 +1,4 @@
-"""The read-only HTTP port: /healthz, /readyz, /metrics. Nothing on it names a tenant.
+"""The read-only HTTP port: /healthz, /readyz, /metrics, /api/…. Nothing on it names a tenant.
 
 A connection has ten seconds for each request, from its first byte, or its opening, to the end of its headers,
 and thirty for the answer; what is slower, or one connection too many, is closed.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
 from aiohttp import web
 
 from proxy_usage.errors import ListenError
@@ -62,6 +65,7 @@ class Web:
         health: asked at each request.
         refresh: brings the gauges up to date before a scrape.
         token: what clients must send as a bearer token; None: nothing.
+        api: what further paths answer with, as JSON; None: nobody can say now.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Web:
         health: Callable[[], Health],
         refresh: Callable[[], Awaitable[None] | None],
         token: Token | None = None,
+        api: Mapping[str, Callable[[], object | Awaitable[object]]] = MappingProxyType({}),
         request_s: float = REQUEST_S,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -82,6 +87,7 @@ class Web:
         self._metrics = metrics
         self._health = health
         self._refresh = refresh
+        self._api = api
         self._limits = {False: request_s, True: answer_s}
         self._runner: web.AppRunner | None = None
         self._since: dict[object, tuple[bool, float]] = {}  # connection: whether it is answered, since when
@@ -98,6 +104,8 @@ class Web:
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._scrape)
+        for path in self._api:
+            app.router.add_get(path, self._tell)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -176,6 +184,14 @@ class Web:
     async def _readyz(self, _request: web.Request) -> web.Response:
         reasons = dict(self._health().reasons)
         return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        answer = self._api[request.path]()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer is None:
+            return web.json_response({"error": "a worker does not answer"}, status=503)
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     async def _scrape(self, _request: web.Request) -> web.Response:
         if (gathering := self._refresh()) is not None:

@@ -15,11 +15,13 @@ from proxy_usage.control import ControlServer
 from proxy_usage.decode import CHOICE, Split
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
-from proxy_usage.intake import OTHERS
-from proxy_usage.metrics import Metrics
+from proxy_usage.intake import HTTP, OTHERS, TCP, by_node
+from proxy_usage.metrics import MAX_NODES_NAMED, Metrics
 from proxy_usage.model import Origin
+from proxy_usage.nodes import Nodes
 from proxy_usage.pipeline import Port
 from proxy_usage.recording import Recorder
+from proxy_usage.service.auditing import Auditing
 from proxy_usage.service.build import (
     Storage,
     build_attributor,
@@ -44,8 +46,6 @@ from proxy_usage.web import Health, Web
 
 log = structlog.get_logger()
 
-MAX_NODES_NAMED = 100
-"""Nodes with a label of their own in the metric of what a crash lost."""
 DRAIN_STREAMS_S = 5.0
 DRAIN_TURNS_S = 5.0
 """So long a full store is given to make room for what is only in memory."""
@@ -73,7 +73,8 @@ class Service:
         self._thread = StoreThread()
         self._pipeline = build_pipeline(config, storage)
         self._recorder = Recorder(config.fold_plan().node_paths, clock_ms)
-        self._receivers = build_receivers(config, self._take, self._recorder.message, self._metrics)
+        nodes = Nodes(self._metrics)
+        self._receivers = build_receivers(config, self._take, self._recorder.message, self._metrics, nodes)
         self._couriers = build_couriers(config, storage, self._thread, self._metrics)
         self._housekeeping = build_housekeeping(config, storage, self._thread, self._metrics)
         self._turns = Turns(
@@ -89,6 +90,7 @@ class Service:
             on_events=self._wake,
             on_reopened=storage.intake.renew,
         )
+        self._auditing = Auditing(config, storage, self._pipeline, nodes, self._thread, self._metrics)
         self._web = None if worker else self._build_web(config)
         store = config.store.path
         self._control = ControlServer(
@@ -99,6 +101,8 @@ class Service:
                 self._recorder,
                 self._metrics,
                 status=self.status,
+                audit=self._auditing.latest,
+                intake=self._auditing.received,
                 health=self.health,
                 scrape=self._exposition,
                 wake=self._wake,
@@ -117,6 +121,7 @@ class Service:
             health=self.health,
             refresh=self._refresh,
             token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
+            api={"/api/intake": self._auditing.received, "/api/audit": self._auditing.latest},
         )
 
     # --- start ------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ class Service:
             ListenError: a port cannot be had.
         """
         self._metrics.info.labels(version=__version__, fold=CHOICE.reason).set(1)
-        for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
+        for number, (node, rows) in enumerate(by_node(self._storage.loss.rows).items()):
             self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
         http = None if self._web is None else await self._web.start()
@@ -141,6 +146,8 @@ class Service:
         if self._storage.database.unchecked:
             checking = check_beside(self._storage.database)
             self._stages["check"] = asyncio.create_task(checking, name="check")
+        if (auditor := self._auditing.auditor) is not None:
+            self._stages["audit"] = asyncio.create_task(auditor.run(), name="audit")
         if salvages := self._storage.past.salvages:
             salvaging = salvage_all(salvages, self._thread, self._metrics, clock_ms)
             self._stages["salvage"] = asyncio.create_task(salvaging, name="salvage")
@@ -227,6 +234,7 @@ class Service:
             courier.trust(*change.trust[courier.settings.name])
         if self._web is not None:
             self._web.token = change.http_token
+        self._auditing.trust(config)
         log.info("reloaded", changed=change.keys)
 
     # --- drain ------------------------------------------------------------------------------------------
@@ -279,7 +287,10 @@ class Service:
     # --- between the parts ------------------------------------------------------------------------------
 
     def _take(self, port: Port, origin: Origin, part: Split, now_ms: int) -> None:
-        self._storage.intake.add(origin.node_id, len(part.entries))
+        tcp = len(part.entries) - part.http
+        for kind, rows in ((HTTP, part.http), (TCP, tcp)):
+            if rows:
+                self._storage.intake.add(origin.node_id, rows, origin.log_name, kind)
         self._pipeline.take(port, origin, part, now_ms)
 
     def _guards(self) -> Iterator[asyncio.Task[None]]:
@@ -355,6 +366,7 @@ class Service:
             "checkpoint_age_ms": clock_ms() - self._turns.durable_ms,
             "config_error": self._config_error,
             "space": self._housekeeping.status(),
+            "audit": self._auditing.summary(),
         }
 
     def _exposition(self) -> bytes:
@@ -372,6 +384,7 @@ class Service:
         metrics.stage_beat.labels(stage="turns").set((now_ms - self._turns.beat_ms) / 1_000)
         metrics.store_failed.set(self._turns.failure is not None)
         self._housekeeping.gauges()
+        self._auditing.gauges()
         shown = {f"output {output.name}": output.cert_file for output in self.config.outputs}
         shown["listen"] = self.config.listen.tls.cert_file if self.config.listen.tls else None
         for use, path in shown.items():
