@@ -1,10 +1,10 @@
-"""Rows read per node, in a small file that a crash of the process cannot take back.
+"""Rows read per node, log and kind, in a small file that a crash of the process cannot take back.
 
 The count of a row is raised before the row is folded; each checkpoint stores the same counts in its own
 transaction. What the file says more than the store, at the next start, is exactly what the crash lost:
 
-    file    node-a 120 480   ──┐
-    store   node-a 120 102   ──┴─▶ 378 rows of node-a were read and not saved
+    file    node-a http 120 480   ──┐
+    store   node-a http 120 102   ──┴─▶ 378 rows of node-a were read and not saved
 
 The kernel keeps the pages of a killed process; only a crash of the machine itself can take them, and then the
 answer is "unknown", not zero. So it is when file and store do not belong together: one of them is new, or
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from hashlib import blake2b
@@ -27,31 +28,58 @@ from typing import BinaryIO, NamedTuple
 
 from proxy_usage.errors import StoreUnavailable
 
-MAGIC = b"proxy-usage rows read 1\n".ljust(64, b"\0")
-SLOT = 256
+MAGIC = b"proxy-usage rows read 2\n".ljust(64, b"\0")
+SLOT = 512
 NAME = SLOT - 8
-NODES = 4_096
-"""Nodes counted apart; past it they share the last slot."""
+PLACES = 4_096
+"""Sources counted apart; past it they share the last slot."""
+LOGS = 16
+"""Log names of one node counted apart; past it they share one. (Envoy's configuration chooses them.)"""
 OTHERS = "(other nodes)"
-SIZE = len(MAGIC) + SLOT * NODES
+OTHER_LOGS = "(other logs)"
+SIZE = len(MAGIC) + SLOT * PLACES
 _COUNT = struct.Struct("<Q")
+_FIRST_MAGIC, _FIRST_SLOT = b"proxy-usage rows read 1\n".ljust(64, b"\0"), 256
+"""Of the files that counted by node alone. What those say is kept as a log without a name."""
+
+
+class Source(NamedTuple):
+    """What rows are counted by: who sent them, under which log name, and in which of Envoy's two kinds."""
+
+    node: str
+    log: str = ""
+    """``""`` for rows that were counted before logs were told apart, too."""
+    kind: str = ""
+    """``http`` or ``tcp``: Envoy counts the former when they are logged, and the latter not."""
+
+
+HTTP, TCP = "http", "tcp"
+
+
+def by_node(rows: Mapping[Source, int]) -> dict[str, int]:
+    """Rows per node."""
+    sums: dict[str, int] = {}
+    for source, count in rows.items():
+        sums[source.node] = sums.get(source.node, 0) + count
+    return sums
 
 
 class Loss(NamedTuple):
     """What the process before this one read and did not save."""
 
-    rows: Mapping[str, int]
-    """By node; exact."""
+    rows: Mapping[Source, int]
+    """Exact."""
     unknown: tuple[str, ...]
     """Nodes of which nobody can say: the file knows less than the store, or does not belong to it."""
-    unexplained: Mapping[str, int] = {}
-    """By node: what the file says more than a store it does not belong to. No loss, only where counting goes
-    on from."""
+    unexplained: Mapping[Source, int] = {}
+    """What the file says more than a store it does not belong to. No loss, only where counting goes on
+    from."""
 
 
 def together(one: Loss, other: Loss) -> Loss:
     """What two processes lost."""
-    rows = {node: one.rows.get(node, 0) + other.rows.get(node, 0) for node in {**one.rows, **other.rows}}
+    both = {**one.rows, **other.rows}
+    rows = {source: one.rows.get(source, 0) + other.rows.get(source, 0) for source in both}
     return one._replace(rows=rows, unknown=tuple(dict.fromkeys((*one.unknown, *other.unknown))))
 
 
@@ -65,22 +93,26 @@ class Intake:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = self._open()
-        self._found: dict[str, int] = {}  # node ids as Envoy writes them, looked up before
+        self._found: dict[Source, int] = {}  # sources as Envoy names them, looked up before
         known = list(_slots(os.pread(self._file.fileno(), SIZE, 0)))
-        self._slots = {name: number for number, (name, _) in enumerate(known)}
+        self._slots = {source: number for number, (source, _) in enumerate(known)}
         self._counts = [rows for _, rows in known]
+        self._logs = Counter(source.node for source in self._slots)
 
     def _open(self) -> BinaryIO:
         path = self.path
         try:
             if not path.exists() or path.stat().st_size != SIZE or path.read_bytes()[:64] != MAGIC:
-                # Written out, not made by truncation: a full disk is noticed here, not at a row.
-                path.write_bytes(MAGIC + bytes(SIZE - len(MAGIC)))
+                # Written out, not made by truncation: a full disk is noticed here, not at a row. In place of
+                # a file of the first kind only when it is whole, for that one's counts are in no store yet.
+                fresh = path.with_name(path.name + ".new")
+                fresh.write_bytes(_packed(read_counts(path)))
+                fresh.replace(path)
             return path.open("r+b", buffering=0)
         except OSError as error:
             raise StoreUnavailable(
                 f"cannot keep row counts in {path}: {error.strerror}",
-                hint="the store's directory must be writable and have 2 MiB of room",
+                hint="the store's directory must be writable and have 4 MiB of room",
             ) from None
 
     def renew(self) -> None:
@@ -91,46 +123,48 @@ class Intake:
         """
         self._file, former = self._open(), self._file
         former.close()
-        for name, slot in self._slots.items():
-            self._write(slot, name)
+        for source, slot in self._slots.items():
+            self._write(slot, source)
 
-    def add(self, node: str, rows: int) -> None:
-        """Counts rows of a node as read. Call it before they are folded."""
-        slot = self._found.get(node)
+    def add(self, node: str, rows: int, log: str = "", kind: str = "") -> None:
+        """Counts rows as read. Call it before they are folded."""
+        key = Source(node, log, kind)
+        slot = self._found.get(key)
         if slot is None:
-            slot = self._slot(node)
+            slot = self._slot(key)
         self._counts[slot] += rows
         self._write(slot)
 
-    def known_as(self, node: str) -> str:
-        """How a node's rows are counted: by its name, or with those of the others past the bound."""
-        self._slot(node)
-        name = label(node)
-        return name if name in self._slots else OTHERS
+    def known_as(self, source: Source) -> Source:
+        """What a source's rows are counted as: by its own name, or with those of others past the bounds."""
+        place = self._place(source)
+        if place not in self._slots:
+            self._create(place)
+        return place
 
-    def raise_to(self, stored: Mapping[str, int]) -> None:
+    def raise_to(self, stored: Mapping[Source, int]) -> None:
         """Lets no count be below the stored one: rows of another store that was taken over."""
         counts = self.counts()
-        for name, rows in stored.items():
-            if rows > counts.get(name, 0):
-                self.add(name, rows - counts.get(name, 0))
+        for source, rows in stored.items():
+            if rows > counts.get(source, 0):
+                self.add(source.node, rows - counts.get(source, 0), source.log, source.kind)
 
-    def _write(self, slot: int, name: str | None = None) -> None:
-        """Writes a count, and the name of its node where it is given.
+    def _write(self, slot: int, source: Source | None = None) -> None:
+        """Writes a count, and what it counts where that is given.
 
         A disk that fails is the store's to notice and to tell; the counts are absolute, so that the next
         one that can be written makes up for those that could not.
         """
         count = _COUNT.pack(self._counts[slot])
-        content = count if name is None else count + name.encode().ljust(NAME, b"\0")
+        content = count if source is None else count + _name(source)
         with suppress(OSError):
             os.pwrite(self._file.fileno(), content, len(MAGIC) + slot * SLOT)
 
-    def counts(self) -> dict[str, int]:
-        """Rows read per node over the life of the store: what a checkpoint saves."""
-        return {name: self._counts[slot] for name, slot in self._slots.items()}
+    def counts(self) -> dict[Source, int]:
+        """Rows read over the life of the store: what a checkpoint saves."""
+        return {source: self._counts[slot] for source, slot in self._slots.items()}
 
-    def compare(self, stored: Mapping[str, int], *, related: bool = True) -> Loss:
+    def compare(self, stored: Mapping[Source, int], *, related: bool = True) -> Loss:
         """What the process before this one lost, given what its last checkpoint stored.
 
         Counts that the file lost are raised to the stored ones, so that they go on from there.
@@ -140,58 +174,78 @@ class Intake:
                 moment: then no difference is a loss, and every node's is unknown.
         """
         counts = self.counts()
-        ahead = {name: rows - stored.get(name, 0) for name, rows in counts.items()}
-        ahead = {name: rows for name, rows in ahead.items() if rows > 0}
-        behind = [name for name, rows in stored.items() if counts.get(name, 0) < rows]
-        for name in behind:
-            self.add(name, stored[name] - counts.get(name, 0))
+        ahead = {source: rows - stored.get(source, 0) for source, rows in counts.items()}
+        ahead = {source: rows for source, rows in ahead.items() if rows > 0}
+        behind = [source for source, rows in stored.items() if counts.get(source, 0) < rows]
+        for source in behind:
+            self.add(source.node, stored[source] - counts.get(source, 0), source.log, source.kind)
         if related:
-            return Loss(ahead, tuple(behind))
-        return Loss({}, tuple(sorted(counts.keys() | stored.keys())), ahead)
+            return Loss(ahead, tuple(dict.fromkeys(source.node for source in behind)))
+        nodes = {source.node for source in (*counts, *stored)}
+        return Loss({}, tuple(sorted(nodes)), ahead)
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _slot(self, node: str) -> int:
-        name = label(node)
-        if name not in self._slots:
-            name = name if len(self._counts) < NODES - 1 else OTHERS
-        slot = self._slots.get(name)
+    def _place(self, key: Source) -> Source:
+        """What is counted for a source, within the bounds."""
+        source = Source(label(key.node), label(key.log) if key.log else "", key.kind)
+        if source not in self._slots and self._logs[source.node] >= LOGS:
+            source = source._replace(log=OTHER_LOGS)
+        if source not in self._slots and len(self._counts) >= PLACES - len((HTTP, TCP, "")):
+            source = Source(OTHERS, "", key.kind)
+        return source
+
+    def _slot(self, key: Source) -> int:
+        source = self._place(key)
+        slot = self._slots.get(source)
         if slot is None:
-            slot = self._create(name)
-        if len(self._found) >= 2 * NODES:
+            slot = self._create(source)
+        if len(self._found) >= 2 * PLACES:
             self._found.clear()
-        self._found[node] = slot
+        self._found[key] = slot
         return slot
 
-    def _create(self, name: str) -> int:
-        slot = self._slots[name] = len(self._counts)
+    def _create(self, source: Source) -> int:
+        slot = self._slots[source] = len(self._counts)
         self._counts.append(0)
-        self._write(slot, name)
+        self._logs[source.node] += 1
+        self._write(slot, source)
         return slot
 
 
-def read_counts(path: Path) -> dict[str, int]:
-    """Rows per node that a file counted, beside its owner; empty where there is none, or none of ours."""
+def read_counts(path: Path) -> dict[Source, int]:
+    """Rows that a file counted, beside its owner; empty where there is none, or none of ours."""
     try:
         content = path.read_bytes()
     except OSError:
         return {}
+    if content.startswith(_FIRST_MAGIC):
+        return dict(_slots(content, _FIRST_SLOT))
     whole = len(content) == SIZE and content.startswith(MAGIC)
     return dict(_slots(content)) if whole else {}
 
 
-def _slots(content: bytes) -> Iterator[tuple[str, int]]:
-    for start in range(len(MAGIC), SIZE, SLOT):
-        name = content[start + 8 : start + SLOT].rstrip(b"\0").decode("utf-8", "replace")
+def _packed(counts: Mapping[Source, int]) -> bytes:
+    slots = [_COUNT.pack(rows) + _name(source) for source, rows in counts.items()]
+    return b"".join([MAGIC, *slots]).ljust(SIZE, b"\0")
+
+
+def _name(source: Source) -> bytes:
+    return "\0".join(source).encode().ljust(NAME, b"\0")
+
+
+def _slots(content: bytes, size: int = SLOT) -> Iterator[tuple[Source, int]]:
+    for start in range(len(MAGIC), len(content) - size + 1, size):
+        name = content[start + 8 : start + size].rstrip(b"\0").decode("utf-8", "replace")
         if not name:
             return
-        yield name, _COUNT.unpack_from(content, start)[0]
+        yield Source(*name.split("\0", 2)), _COUNT.unpack_from(content, start)[0]
 
 
 def label(node: str) -> str:
-    """A node's name as the file and the store know it: at most 200 bytes, long ones ended by a digest."""
+    """A name as the file and the store know it: at most 200 bytes, long ones ended by a digest."""
     text = node or "(unnamed node)"
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= 200 and "\0" not in text:

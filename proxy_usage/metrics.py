@@ -7,6 +7,8 @@ import prometheus_client as prometheus
 # A second series per counter, with the time it was made, is of no use to anybody here.
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
+MAX_NODES_NAMED = 100
+"""Nodes with a label of their own in metrics by node."""
 DEAD_LETTER_REASONS = frozenset(
     {
         "INVALID_ULID",
@@ -87,6 +89,22 @@ class Metrics:
         self.crash_unknown = gauge(
             "crash_loss_unknown_nodes", "Nodes of which nobody can say what the last crash lost."
         )
+
+        self.node_received = gauge(
+            "node_entries_received", "Entries received over the life of the store, by node.", "node"
+        )
+
+        # audit
+        self.audit_nodes = gauge("audit_nodes", "Envoys, by what the audit says of the last day.", "state")
+        self.audit_missing = gauge(
+            "audit_missing_entries",
+            "Entries that an Envoy flushed in the last day and no sink received, at least.",
+            "node",
+        )
+        self.audit_dropped = gauge(
+            "audit_dropped_entries", "Entries for which an Envoy had no room in the last day.", "node"
+        )
+        self.audit_age = gauge("audit_age_seconds", "Time since the last round of the audit.")
 
         # long streams
         self.long_streams = gauge("streams_remembered", "Long streams whose totals are known.")

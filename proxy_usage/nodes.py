@@ -10,6 +10,9 @@ from proxy_usage.metrics import Metrics
 
 log = structlog.get_logger()
 
+MAX_SEEN_NODES = 4_096
+MAX_SEEN_HOSTS = 4
+"""Nodes, and addresses of each, that are remembered after their streams ended."""
 MAX_WARNED_NODES = 1_000
 """Node ids that are warned about; a peer that invents more must not fill the log."""
 
@@ -23,6 +26,7 @@ class Nodes:
 
     def __init__(self, metrics: Metrics) -> None:
         self._streams: dict[str, Counter[str]] = {}
+        self._seen: dict[str, dict[str, None]] = {}
         self._warned: set[str] = set()
         self._metrics = metrics
 
@@ -30,6 +34,7 @@ class Nodes:
         """A stream of a node began."""
         hosts = self._streams.setdefault(node_id, Counter())
         hosts[host] += 1
+        self._see(node_id, host)
         if len(hosts) > 1 and node_id not in self._warned and len(self._warned) < MAX_WARNED_NODES:
             self._warned.add(node_id)
             log.warning(
@@ -49,6 +54,24 @@ class Nodes:
         if not hosts:
             del self._streams[node_id]
         self._count()
+
+    def live(self) -> dict[str, tuple[str, ...]]:
+        """The addresses that each node speaks from now."""
+        return {node: tuple(hosts) for node, hosts in self._streams.items()}
+
+    def seen(self) -> dict[str, tuple[str, ...]]:
+        """The addresses that each node spoke from lately, the latest last: those of its Envoy."""
+        return {node: tuple(hosts) for node, hosts in self._seen.items()}
+
+    def _see(self, node_id: str, host: str) -> None:
+        hosts = self._seen.pop(node_id, {})  # put in again at the end: the first to go is the oldest
+        hosts.pop(host, None)
+        hosts[host] = None
+        while len(hosts) > MAX_SEEN_HOSTS:
+            del hosts[next(iter(hosts))]
+        while len(self._seen) >= MAX_SEEN_NODES:
+            del self._seen[next(iter(self._seen))]
+        self._seen[node_id] = hosts
 
     def _count(self) -> None:
         self._metrics.shared_nodes.set(sum(len(hosts) > 1 for hosts in self._streams.values()))

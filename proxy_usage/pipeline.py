@@ -21,11 +21,12 @@ from proxy_usage.attribution import Attributor, Reason, Unattributed
 from proxy_usage.connections import Connections, ConnectionTurn, Share
 from proxy_usage.decode import ConnectionRow, Drained, Fold, RowFate, Split, StreamRow
 from proxy_usage.holding import OVERFLOW, Holding, Sums, packed
+from proxy_usage.intake import OTHERS, PLACES, Source, label
 from proxy_usage.model import Identity, Key, Origin, Quantity
 from proxy_usage.origins import NO_RULE, Origins, RowOrigin
 from proxy_usage.quota import Quota
 from proxy_usage.streams import Streams, StreamTurn
-from proxy_usage.turn import Held, Turn
+from proxy_usage.turn import Held, Observed, Turn
 from proxy_usage.windows import Windows
 
 BOOK, BOOK_ROWS = 100, 20
@@ -49,22 +50,12 @@ _TOO_MANY = Unattributed(Reason.IDENTITY_LIMIT)
 
 
 @dataclass(slots=True)
-class Observed:
-    """What happened since the last look, for metrics and the log. Differences."""
-
-    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Rows by ``(fate, reason)``."""
-    notes: Counter[str] = field(default_factory=Counter)
-    unattributed: Counter[str] = field(default_factory=Counter)
-    complaints: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Pending:
     """What no committed turn holds yet."""
 
     counted: list[int]
     fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ended: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -94,8 +85,9 @@ class Pipeline:
     """From rows to turns.
 
     Args:
-        counts: rows read per node, absolute: they go into each turn.
+        counts: rows read, absolute: they go into each turn.
         last_turn: number of the last turn that took effect.
+        ended: see the attribute.
         max_held: bound on identities of unattributed usage between two turns.
         streams: the owner of long streams; None where Envoy sends no periodic rows.
         connections: who used which connection; None where listener rows are not metered.
@@ -109,9 +101,10 @@ class Pipeline:
         windows: Windows,
         *,
         quantities: Sequence[Quantity],
-        counts: Callable[[], Mapping[str, int]],
+        counts: Callable[[], Mapping[Source, int]],
         max_held: int,
         last_turn: int = 0,
+        ended: Mapping[str, int] | None = None,
         streams: Streams | None = None,
         connections: Connections | None = None,
         max_identities: int = 100_000,
@@ -121,6 +114,8 @@ class Pipeline:
         self.connections = connections
         self.observed = Observed()
         self.origins = Origins()
+        self.ended = Counter(ended or {})
+        """End rows of HTTP streams per node, of any fate, over the life of the store."""
         self._folds = dict(folds)
         self._attributor = attributor
         self._quantities = tuple(quantities)
@@ -178,8 +173,10 @@ class Pipeline:
 
     def _book(self, pieces: Iterator[Drained], now_ms: int) -> Iterator[int]:
         fates: Counter[tuple[str, str]] = Counter()
+        ended: Counter[str] = Counter()
         for piece in pieces:
             fates.update(piece.fates)
+            ended.update(piece.ended)
             yield from self._book_rows(piece, fates, now_ms)
             for (identity, window_ms), (rows, *amounts) in piece.totals.items():
                 self._book_total(identity, window_ms, rows, amounts, fates, now_ms)
@@ -187,6 +184,7 @@ class Pipeline:
             self.observed.complaints.extend(piece.complaints)
             yield _STEP if piece.totals else _NOTHING
         # At once, or a look in between would see rows twice that are moved from one fate to another.
+        self._end(ended)
         self._pending.fates.update(fates)
         self.observed.rows.update(fates)
 
@@ -232,6 +230,14 @@ class Pipeline:
             self._close_connection(self.connections, listener_row, now_ms)
             if number % BOOK_ROWS == 0:
                 yield _STEP
+
+    def _end(self, ended: Mapping[str, int]) -> None:
+        for node, rows in ended.items():
+            name = label(node)
+            if name not in self.ended and len(self.ended) >= PLACES:
+                name = OTHERS
+            self.ended[name] += rows
+            self._pending.ended[name] += rows
 
     def _attribute(self, identity: Identity, now_ms: int) -> Key | Unattributed:
         """Whom the identity's usage is billed to, unless its node brings too many of them."""
@@ -332,6 +338,7 @@ class Pipeline:
             fates={fate: rows for fate, rows in cut.pending.fates.items() if rows},
             held=tuple(held),
             intake=intake,
+            ended=cut.pending.ended,
             streams=cut.streams,
             connections=cut.connections,
             origins=cut.origins,
@@ -363,6 +370,7 @@ class Pipeline:
             self.connections.rollback(turn.connections)
         self.origins.rollback(turn.origins)
         self._pending.fates.update(turn.fates)
+        self._pending.ended.update(turn.ended)
         self._count(turn.counted)
         self.holding.give_back(turn.held)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy_usage.connections import ConnectionTurn, SavedConnections
+from proxy_usage.intake import Source
 from proxy_usage.model import Amounts, Cell, Identity, Meter
 from proxy_usage.origins import RowOrigin
 from proxy_usage.reattribution import Fact
@@ -40,8 +42,10 @@ class Turn:
     fates: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Rows by ``(fate, reason)``."""
     held: tuple[Held, ...] = ()
-    intake: Mapping[str, int] = field(default_factory=dict)
-    """Rows read per node, absolute over the life of the store."""
+    intake: Mapping[Source, int] = field(default_factory=dict)
+    """Rows read, absolute over the life of the store."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams per node, of any fate."""
     streams: StreamTurn | None = None
     """None where Envoy sends no periodic rows."""
     connections: ConnectionTurn | None = None
@@ -54,6 +58,17 @@ class Turn:
         moved = self.windows.closing or self.windows.changed or self.fates or self.held or self.origins
         parts = (self.streams, self.connections)
         return not moved and all(part is None or part.is_empty for part in parts)
+
+
+@dataclass(slots=True)
+class Observed:
+    """What happened since the last look, for metrics and the log. Differences."""
+
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Rows by ``(fate, reason)``."""
+    notes: Counter[str] = field(default_factory=Counter)
+    unattributed: Counter[str] = field(default_factory=Counter)
+    complaints: list[str] = field(default_factory=list)
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -85,9 +100,11 @@ class Recovered:
     layout: Layout | None
     cells: tuple[tuple[Cell, int], ...]
     """Open cells with their due time in milliseconds."""
-    intake: Mapping[str, int]
+    intake: Mapping[Source, int]
     streams: SavedStreams
     connections: SavedConnections
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams per node, over the life of the store."""
 
 
 class OutputSlot(NamedTuple):

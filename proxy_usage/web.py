@@ -1,4 +1,5 @@
-"""The read-only HTTP port: /healthz, /readyz, /metrics, and the operator's page with /api/state.
+"""The read-only HTTP port: /healthz, /readyz, /metrics, the operator's page with /api/state, and what
+audits ask for, /api/….
 
 Nothing on it names a tenant but /api/state, and that only where it is allowed and the reader is known: by the
 token, or because both ends are on this machine.
@@ -13,14 +14,17 @@ import asyncio
 import base64
 import binascii
 import hmac
+import inspect
 import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import msgspec
 from aiohttp import web
 
 from proxy_usage.errors import ListenError
@@ -91,6 +95,7 @@ class Web:
         token: what clients must send as a bearer token, or browsers as a password; None: nothing.
         page: what is at / and /api/state; None: nothing.
         tenants: the page may name tenants, to those who have the token, or are on this machine.
+        api: what further paths answer with, as JSON; None: nobody can say now.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Web:
         token: Token | None = None,
         page: Page | None = None,
         tenants: bool = False,
+        api: Mapping[str, Callable[[], object | Awaitable[object]]] = MappingProxyType({}),
         request_s: float = REQUEST_S,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -115,6 +121,7 @@ class Web:
         self._refresh = refresh
         self._page = page
         self._tenants = tenants
+        self._api = api
         self._limits = {False: request_s, True: answer_s}
         self._runner: web.AppRunner | None = None
         self._since: dict[object, tuple[bool, float]] = {}  # connection: whether it is answered, since when
@@ -135,6 +142,8 @@ class Web:
             app.router.add_get("/api/state", self._state)
             for path in assets():
                 app.router.add_get(path, self._file)
+        for path in self._api:
+            app.router.add_get(path, self._tell)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -238,6 +247,14 @@ class Web:
         )
         response.enable_compression()
         return response
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        answer = self._api[request.path]()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer is None:
+            return web.json_response({"error": "a worker does not answer"}, status=503)
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     async def _scrape(self, _request: web.Request) -> web.Response:
         if (gathering := self._refresh()) is not None:

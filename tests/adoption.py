@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from proxy_usage.store.checkpoint import fold_log
+from proxy_usage.store.records import fold_log
 
 Books = dict[str, Counter[Any]]
 """By what it is about: amounts, or how many rows, by names that mean the same in every store."""
@@ -38,6 +38,24 @@ _SUMS = (
 )
 
 
+_ORIGINS = (
+    "SELECT r.hour_ms, coalesce(k.tenant, ''), coalesce(k.dimensions, ''), coalesce(s.rule, ''),"
+    " coalesce(s.node, ''), r.rows FROM origins r LEFT JOIN keys k ON k.key=r.key"
+    " LEFT JOIN sources s ON s.source=r.source"
+)
+
+
+def check_rows(db: sqlite3.Connection) -> None:
+    """What tables say of each other: how many origins and sums there are, and when the ledger's were."""
+    for table in ("origins", "sums"):
+        kept = db.execute("SELECT coalesce(sum(value), 0) FROM counters WHERE name=?", (table,)).fetchone()
+        assert kept == db.execute(f"SELECT count(*) FROM {table}").fetchone()
+    assert db.execute(
+        "SELECT count(*) FROM ledger l LEFT JOIN spans s ON s.span=l.entry >> 8"
+        " WHERE s.span IS NULL OR l.window_ms NOT BETWEEN s.first_ms AND s.last_ms"
+    ).fetchone() == (0,)
+
+
 def books(db: sqlite3.Connection, meters: Iterable[str], dimensions: Iterable[str]) -> Books:
     """Everything that one store holds."""
     names, labels = list(meters), list(dimensions)
@@ -46,7 +64,11 @@ def books(db: sqlite3.Connection, meters: Iterable[str], dimensions: Iterable[st
         "deliveries": Counter(db.execute(_DELIVERY).fetchall()),
         "dead": Counter(db.execute(_DEAD).fetchall()),
         "ledger": Counter(db.execute(_LEDGER).fetchall()),
-        "intake": Counter(dict(db.execute("SELECT node, rows FROM intake"))),
+        "intake": Counter(
+            {tuple(source): rows for *source, rows in db.execute("SELECT node, log, kind, rows FROM intake")}
+        ),
+        "merges": Counter(db.execute("SELECT id, first_ms, events, outputs FROM merges").fetchall()),
+        "origins": Counter({tuple(place): rows for *place, rows in db.execute(_ORIGINS)}),
         "batches": Counter(batches=db.execute("SELECT count(*) FROM batches").fetchone()[0]),
     }
     for name in ("sums", "tallies", "held", "counters", "unfinished"):
@@ -64,7 +86,9 @@ def books(db: sqlite3.Connection, meters: Iterable[str], dimensions: Iterable[st
         sizes = {(hour_ms, reason, identity, name): size for name, size in json.loads(text).items()}
         found["held"].update(sizes | {(hour_ms, reason, identity, "rows"): rows})
     outputs = dict(db.execute("SELECT output, name FROM outputs"))
-    for name, label, value in db.execute("SELECT name, label, value FROM counters"):
+    for name, label, value in db.execute(
+        "SELECT name, label, value FROM counters WHERE name NOT IN ('origins', 'sums')"  # see check_rows
+    ):
         if name == "unanswered":
             label = outputs[int(label)]
         found["counters"][name, label] += int(value)

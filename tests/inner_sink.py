@@ -23,6 +23,7 @@ from proxy_usage.config import Config
 from proxy_usage.decode import parts
 from proxy_usage.delivery.policy import Policy, RetrySettings
 from proxy_usage.errors import StoreError
+from proxy_usage.intake import HTTP, by_node
 from proxy_usage.model import Event, Meter, Origin
 from proxy_usage.outputs.base import Answer, Verdict
 from proxy_usage.outputs.billing import Billing
@@ -72,7 +73,7 @@ class InnerSink:
         self.storage = open_storage(self.config)
         self.pipeline: Pipeline = build_pipeline(self.config, self.storage)
         self.mint = build_mint(self.config)
-        self.lost_rows.update(self.storage.loss.rows)
+        self.lost_rows.update(by_node(self.storage.loss.rows))
 
     def _new_policy(self) -> Policy:
         return Policy(RetrySettings(500, 60_000, 600_000), below=lambda n: n - 1)
@@ -93,7 +94,7 @@ class InnerSink:
         """Bytes arrive, whatever they are: as the receiver takes them."""
         self.now_ms = self.now_ms if at_ms is None else at_ms
         for part in parts(raw):
-            self.storage.intake.add(node, len(part.entries))
+            self.storage.intake.add(node, len(part.entries), "http", HTTP)
             self.pipeline.take(Port.ALL, Origin("", node, "http"), part, self.now_ms)
             self.unsaved[node] += len(part.entries)
             self.read_rows += len(part.entries)
@@ -223,8 +224,8 @@ class InnerSink:
             sum(rows.values()) + sum(self.lost_rows.values()) + sum(self.unsaved.values()) == self.read_rows
         )
         assert self.books.counters("crash_lost") == self.lost_rows
-        stored = dict(self.books.rows("SELECT node, rows FROM intake"))
-        counts = self.storage.intake.counts()
+        stored = dict(self.books.rows("SELECT node, sum(rows) FROM intake GROUP BY node"))
+        counts = by_node(self.storage.intake.counts())
         assert {node: counts[node] - stored.get(node, 0) for node in counts} == {
             node: self.unsaved[node] for node in counts
         }

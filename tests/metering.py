@@ -73,7 +73,7 @@ class Metering:
     def take(self, origin: Origin, raw: bytes, port: Port = Port.ALL) -> None:
         """A message, counted and folded as the receiver and the service do it."""
         for part in parts(raw):
-            self.storage.intake.add(origin.node_id, len(part.entries))
+            self.storage.intake.add(origin.node_id, len(part.entries), origin.log_name)
             self.pipeline.take(port, origin, part, self.now_ms)
 
     def turn(self, *, everything: bool = False) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy_usage.events import Mint
+from proxy_usage.intake import Source
 from proxy_usage.model import NS_PER_SECOND, Amounts, Cell, Event, Key, Meter, Quantity
 from proxy_usage.store import Batch, Checkpoints, Database, Held, Layout, OutputSlot, Queue, Turn
 from proxy_usage.windows import Windows, WindowTurn
@@ -78,7 +79,7 @@ def turn(
     counted: Amounts = (0, 0, 0, 0),
     held: Sequence[Held] = (),
     fates: Mapping[tuple[str, str], int] | None = None,
-    intake: Mapping[str, int] | None = None,
+    intake: Mapping[Source, int] | None = None,
     windows: WindowTurn | None = None,
 ) -> Turn:
     """A turn that closes cells the store has never heard of, as they come when they are short-lived."""

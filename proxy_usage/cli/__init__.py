@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from proxy_usage import __version__
+from proxy_usage.cli.audit import audit
 from proxy_usage.cli.compare import compare
 from proxy_usage.cli.config_verbs import config_verbs
 from proxy_usage.cli.deadletters import deadletters
@@ -58,7 +59,7 @@ def _root(
     """Turns what Envoy proxies served into what a platform may bill."""
 
 
-for verb in (run, forward, validate, explain, record, status, usage, compare, demo, version):
+for verb in (run, forward, validate, explain, record, status, usage, audit, compare, demo, version):
     app.command()(verb)
 for group, name in (
     (config_verbs, "config"),

@@ -57,6 +57,7 @@ def status(
             ("rows", _rows(found)),
             ("open windows", found.open_windows),
             ("unattributed", found.unattributed),
+            ("audit", _audit(services[0])),
             ("balanced", _balance(sums)),
             *_past(found),
         ]
@@ -119,6 +120,17 @@ def _service(answer: Any, worker: int, workers: int) -> list[tuple[str, Cell]]:
     if answer.get("config_error"):
         lines.append(("", f"reload refused: {answer['config_error']}"))
     return lines
+
+
+def _audit(service: Any) -> str | None:
+    """How complete the rows are, by the audit of a running service; None where it has none."""
+    told = service.get("audit") if isinstance(service, dict) else None
+    if told is None:
+        return None
+    if not told:
+        return "the first round is under way"
+    states = ", ".join(f"{told[name]} {name}" for name in ("complete", "missing", "unknown") if told[name])
+    return f"{states or 'no node'}; {told['missing_entries']} entries of the last day missing"
 
 
 def _space(found: Status, limit: int, services: Iterable[Any]) -> str:

@@ -234,15 +234,39 @@ class StoreConfig(Section):
     keep_sums: PositiveDuration = 400 * _DAY
 
 
+class AuditedEnvoy(Section):
+    """Where one Envoy's counters are read, or those of all addresses that a name stands for."""
+
+    url: HttpUrl
+    """Admin port, or whatever serves /stats/prometheus; without a path, that one."""
+    node: Text | None = None
+    """Its `node.id`. None: as it says itself, or by the address that its log streams come from."""
+    count: Literal["logs", "requests"] = "logs"
+    """``requests``: where other gRPC loggers share the counters of access logs."""
+    managers: tuple[Text, ...] = ()
+    """``stat_prefix`` of the connection managers that log to the sinks; empty: all of them."""
+
+
+def _audited(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+_Audited = Annotated[AuditedEnvoy, BeforeValidator(_audited, json_schema_input_type=HttpUrl | AuditedEnvoy)]
+
+
 class AuditConfig(Section):
     """Whose counters are compared with ours."""
 
-    envoys: tuple[HttpUrl, ...] = ()
-    """Envoys' admin addresses."""
+    envoys: tuple[_Audited, ...] = ()
+    """Where Envoys serve /stats/prometheus: a URL, or a mapping."""
     members: tuple[HttpUrl, ...] = ()
-    """HTTP addresses of the other sinks that share the rows."""
+    """HTTP addresses of all sinks that share the rows; this one may be among them."""
+    token_file: FilePath | None = None
+    """Bearer token for the members; by default the one of `listen.http_token_file`."""
     interval: PositiveDuration = 60_000
     """How often the counters are compared."""
+    settle: PositiveDuration = 3_000
+    """How long nothing may move before it counts as settled: longer than Envoy's buffer_flush_interval."""
 
 
 class LogConfig(Section):

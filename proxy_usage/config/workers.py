@@ -6,7 +6,8 @@
 Bounds on what a machine has are for all workers together: store.max_bytes, store.ledger_max_bytes,
 listen.limits.memory and new_streams are divided. An archive (`format: file`) is one for each worker, named as
 stores are, and they share its max_bytes. All others are each worker's own, since the kernel gives it
-whichever connections it likes: any worker may meet every tenant and key.
+whichever connections it likes: any worker may meet every tenant and key. Worker 0 alone audits, and counts
+what all of them received.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def worker_config(config: Config, worker: int, workers: int, *, grpc: str | None
         workers=workers,
         listen=_with(listen, **listening),
         envoy=envoy,
+        audit=config.audit if worker == 0 else _with(config.audit, envoys=()),
         store=_with(
             store,
             path=worker_path(store.path, worker),

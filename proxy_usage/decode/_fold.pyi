@@ -61,8 +61,8 @@ class Walker:
     def fold(self, source: int, entries: Spans | list[bytes], http: int, now_ms: int, /) -> list[int] | None:
         """Adds rows up; the places of those that are left to be read with care."""
 
-    def take(self) -> tuple[Rows, list[int], list[int]]:
-        """All sums, rows by fate, notes; and begins anew."""
+    def take(self) -> tuple[Rows, list[int], list[int], list[int]]:
+        """All sums, rows by fate, notes, end rows of HTTP streams by source; and begins anew."""
 
 def scan(
     raw: bytes, pos: int, inside: int, stop: int, size: int, rows: int, /

@@ -228,8 +228,10 @@ class CompiledFold(Fold):
             return careful
         origins = [origin._replace(host="") for origin in self._sources]
         self._sources = {}
-        rows, fates, notes = self._walker.take()
+        rows, fates, notes, ended = self._walker.take()
         first = next(careful)
+        for origin, count in zip(origins, ended, strict=True):
+            first.end(origin.node_id, count)
         for fate, count in zip(self._fates, fates, strict=False):
             if count:
                 first.fates[fate] = first.fates.get(fate, 0) + count

@@ -67,7 +67,7 @@ _Sizes = tuple[int, int, int, int]  # wire in and out, body in and out
 NO_VALUE = b"-"
 """What Envoy's formatters write where there is nothing."""
 _SWITCHED = 101
-_TCP_PERIODIC, _PERIODIC = 2, 5  # AccessLogType
+_TCP_PERIODIC, _PERIODIC, _END = 2, 5, 6  # AccessLogType
 _CONNECT = 6  # RequestMethod
 _NO_REQUEST = als.Request()
 _NO_RESPONSE = als.Response()
@@ -85,6 +85,8 @@ class _Source:
     skip: tuple[SkipTest, ...]
     rules: tuple[tuple[int, Reader], ...]
     dimensions: tuple[Reader, ...]
+    ended: int = 0
+    """End rows of HTTP streams, of any fate."""
     cells: dict[_CellKey, list[int]] = field(default_factory=dict)
     """Rows, then ``SUMS``."""
 
@@ -178,6 +180,8 @@ class ProtobufFold(Fold):
             complaints=self._complaints,
         )
         sources = list(self._sources.values())
+        for source in sources:
+            first.end(source.origin.node_id, source.ended)
         self._begin()
         return self._pieces(first, sources, limit)
 
@@ -207,6 +211,7 @@ class ProtobufFold(Fold):
     def _http(self, source: _Source, raw: bytes) -> Fate:
         row = als.HttpRow.FromString(raw)
         common, request, response = row.common_properties, row.request, row.response
+        source.ended += common.access_log_type == _END
         handling = source.http.get(common.access_log_type) or self._unknown(source, common)
         if handling.untyped and common.intermediate_log_entry:
             handling = source.http[_PERIODIC]

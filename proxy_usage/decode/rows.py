@@ -113,6 +113,14 @@ class Drained:
     ``malformed_message``, damage behind which an unknown number of rows was lost, in no other count."""
     complaints: list[str] = field(default_factory=list)
     """The first of the invalid rows and damaged messages, a line each: what is wrong, and where."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """End rows of HTTP streams by node id, of any fate but unreadable: what Envoy's counters of requests are
+    compared with."""
+
+    def end(self, node: str, rows: int) -> None:
+        """Adds end rows of a node: it may have several origins."""
+        if rows:
+            self.ended[node] = self.ended.get(node, 0) + rows
 
     def add(self, identity: Identity, window_ms: int, totals: list[int]) -> None:
         """Adds ``[rows, *amounts]``: identities of several hosts may be the same."""

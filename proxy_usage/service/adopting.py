@@ -19,6 +19,7 @@ from proxy_usage.errors import ProxyUsageError, StoreUnavailable
 from proxy_usage.intake import Intake, Loss
 from proxy_usage.store import Database
 from proxy_usage.store.adopt import begun, bring, discard, forget, mark, same
+from proxy_usage.store.checkpoint import stored_intake
 from proxy_usage.turn import Layout
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def go_on(database: Database, intake: Intake) -> None:
     if not unfinished:
         return
     with database.reading() as db:
-        intake.raise_to(dict(db.execute("SELECT node, rows FROM intake")))
+        intake.raise_to(stored_intake(db))
     for file, number in unfinished.items():
         path = database.path.with_name(file)
         if not path.exists() or _is(path, number):
@@ -97,7 +98,7 @@ def _adopt(
         adopted = bring(database, storage.database, layout, now_ms, intake.known_as)
         passed("bring")
         with database.reading() as db:
-            intake.raise_to(dict(db.execute("SELECT node, rows FROM intake")))
+            intake.raise_to(stored_intake(db))
     finally:
         storage.close()
     discard(storage.database.path)

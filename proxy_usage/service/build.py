@@ -261,6 +261,7 @@ def build_pipeline(config: Config, storage: Storage) -> Pipeline:
         counts=storage.intake.counts,
         max_held=config.tenant.unattributed.max_identities,
         last_turn=storage.recovered.turn,
+        ended=storage.recovered.ended,
         streams=build_streams(config, storage.recovered),
         connections=build_connections(config, storage.recovered),
         max_identities=config.listen.limits.identities,
@@ -293,11 +294,13 @@ def build_streams(config: Config, recovered: Recovered | None = None) -> Streams
     return streams
 
 
-def build_receivers(config: Config, sink: PortSink, tap: Tap, metrics: Metrics) -> tuple[Receiver, ...]:
+def build_receivers(
+    config: Config, sink: PortSink, tap: Tap, metrics: Metrics, nodes: Nodes
+) -> tuple[Receiver, ...]:
     """The gRPC listeners: one for everything, or one for short rows and one for long streams."""
     limits = config.listen.limits
     room = Room(RoomLimits(limits.memory, limits.new_streams, limits.first_message))
-    build = partial(_build_receiver, config, tap=tap, metrics=metrics, nodes=Nodes(metrics), room=room)
+    build = partial(_build_receiver, config, tap=tap, metrics=metrics, nodes=nodes, room=room)
     shared = config.workers > 1
     if config.listen.streams is None:
         return (build(config.listen.grpc, partial(sink, Port.ALL), shared=shared),)

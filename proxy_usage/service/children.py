@@ -172,14 +172,19 @@ class Child:
 
     async def metrics(self) -> str | None:
         """Its /metrics; None when it does not answer."""
+        text = await self.ask("metrics")
+        return text if isinstance(text, str) else None
+
+    async def ask(self, verb: str) -> object:
+        """What its present process answers; None when it does not."""
         process = self._process
         if not self.running:
             return None
         try:
-            text = await ask(self._socket, "metrics", self._patience.answer)
+            answer = await ask(self._socket, verb, self._patience.answer)
         except ProxyUsageError:
             return None
-        return text if isinstance(text, str) and process is self._process and self.running else None
+        return answer if process is self._process and self.running else None
 
 
 def describe(code: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from proxy_usage.config.units import format_duration, format_size
 from proxy_usage.delivery import Courier
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import StoreError
+from proxy_usage.intake import by_node
 from proxy_usage.metrics import Metrics, by_label, total
 from proxy_usage.model import Cell
 from proxy_usage.page.document import document
@@ -122,7 +123,7 @@ class Lookout:
             self._figures_ms, self._store_error = now_ms, ""
         except StoreError as error:  # its owner decides what follows from it
             self._store_error = error.message
-        counts = parts.storage.intake.counts()
+        counts = by_node(parts.storage.intake.counts())
         self._counts.append((now_ms, counts))
         found = self._glance
         if found is None:
@@ -189,7 +190,7 @@ class Lookout:
             config_error=parts.config_error(),
             asides=self._asides,
             remarks=tuple(parts.turns.observer.remarks().values()),
-            crash_lost=loss.rows,
+            crash_lost=by_node(loss.rows),
             crash_unknown=len(loss.unknown),
             nodes=self._nodes(parts, found),
             minute_ms=self._counts[-1][0] - self._counts[0][0] if self._counts else 0,
@@ -210,7 +211,7 @@ class Lookout:
         )
 
     def _nodes(self, parts: Parts, found: Glance | None) -> tuple[NodeFigures, ...]:
-        counts = parts.storage.intake.counts()
+        counts = by_node(parts.storage.intake.counts())
         before = self._counts[0][1] if self._counts else counts
         latest = self._counts[-1][1] if self._counts else counts
         lost = found.crash_lost if found else {}
@@ -299,7 +300,12 @@ def _week(config: Config, found: Glance | None) -> WeekFigures | None:
 
 
 def build_web(
-    config: Config, metrics: Metrics, health: Callable[[], Health], refresh: Callable[[], None], page: Page
+    config: Config,
+    metrics: Metrics,
+    health: Callable[[], Health],
+    refresh: Callable[[], None],
+    page: Page,
+    api: Mapping[str, Callable[[], object]],
 ) -> Web:
     """The HTTP port, with the page."""
     return Web(
@@ -310,6 +316,7 @@ def build_web(
         token=TokenFile(config.listen.http_token_file) if config.listen.http_token_file else None,
         page=page,
         tenants=config.listen.http_tenants,
+        api=api,
     )
 
 

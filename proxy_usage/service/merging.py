@@ -27,6 +27,10 @@ class _Series(NamedTuple):
 
 
 GAUGES: Mapping[str, Rule] = {
+    "proxy_usage_audit_age_seconds": max,  # worker 0 alone audits
+    "proxy_usage_audit_dropped_entries": max,
+    "proxy_usage_audit_missing_entries": max,
+    "proxy_usage_audit_nodes": max,
     "proxy_usage_build_info": max,
     "proxy_usage_certificate_expiry_timestamp_seconds": min,
     "proxy_usage_checkpoint_age_seconds": max,
@@ -34,6 +38,7 @@ GAUGES: Mapping[str, Rule] = {
     "proxy_usage_crash_loss_unknown_nodes": max,  # a node sends to several: at least so many
     "proxy_usage_dead_letters": sum,
     "proxy_usage_forward_held": sum,
+    "proxy_usage_node_entries_received": sum,
     "proxy_usage_output_paused": max,
     "proxy_usage_queue_events": sum,
     "proxy_usage_queue_oldest_seconds": max,

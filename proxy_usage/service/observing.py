@@ -7,7 +7,8 @@ from collections import Counter
 import structlog
 
 from proxy_usage.metrics import Metrics
-from proxy_usage.pipeline import Observed, Pipeline
+from proxy_usage.pipeline import Pipeline
+from proxy_usage.turn import Observed
 
 log = structlog.get_logger()
 

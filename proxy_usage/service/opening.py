@@ -9,7 +9,7 @@ import structlog
 
 from proxy_usage.errors import StoreForeign, StoreVersion
 from proxy_usage.events import Mint
-from proxy_usage.intake import Intake, Loss
+from proxy_usage.intake import Intake, Loss, by_node
 from proxy_usage.store import Checkpoints, Database
 from proxy_usage.store.aside import forget, notes
 from proxy_usage.store.report import Aside, adopt, asides
@@ -46,7 +46,7 @@ class Past(NamedTuple):
                 hint="what waited may have been sent since: proxy-usage deadletters ls --reason restored",
             )
         if loss.rows or loss.unknown:
-            log.warning("a crash lost entries", rows=dict(loss.rows), unknown_nodes=list(loss.unknown))
+            log.warning("a crash lost entries", rows=by_node(loss.rows), unknown_nodes=list(loss.unknown))
 
 
 def recover(database: Database, max_held: int, now_ms: int) -> tuple[Checkpoints, Recovered]:

@@ -14,11 +14,13 @@ from proxy_usage.config import Config
 from proxy_usage.control import ControlServer
 from proxy_usage.decode import CHOICE, Split
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
-from proxy_usage.intake import OTHERS
-from proxy_usage.metrics import Metrics
+from proxy_usage.intake import HTTP, OTHERS, TCP, by_node
+from proxy_usage.metrics import MAX_NODES_NAMED, Metrics
 from proxy_usage.model import Origin
+from proxy_usage.nodes import Nodes
 from proxy_usage.pipeline import Port
 from proxy_usage.recording import Recorder
+from proxy_usage.service.auditing import Auditing
 from proxy_usage.service.build import (
     Storage,
     build_attributor,
@@ -38,14 +40,12 @@ from proxy_usage.service.reloading import prepare
 from proxy_usage.service.salvaging import salvage_all
 from proxy_usage.service.turns import Turns
 from proxy_usage.service.verbs import Verbs
-from proxy_usage.store.aside import files as set_aside_files
+from proxy_usage.service.watching import QueueWatch
 from proxy_usage.store.thread import StoreThread
 from proxy_usage.web import Health
 
 log = structlog.get_logger()
 
-MAX_NODES_NAMED = 100
-"""Nodes with a label of their own in the metric of what a crash lost."""
 DRAIN_STREAMS_S = 5.0
 DRAIN_TURNS_S = 5.0
 """So long a full store is given to make room for what is only in memory."""
@@ -79,7 +79,8 @@ class Service:
         self._thread = StoreThread()
         self._pipeline = build_pipeline(config, storage)
         self._recorder = Recorder(config.fold_plan().node_paths, clock_ms)
-        self._receivers = build_receivers(config, self._take, self._recorder.message, self._metrics)
+        nodes = Nodes(self._metrics)
+        self._receivers = build_receivers(config, self._take, self._recorder.message, self._metrics, nodes)
         self._couriers = build_couriers(config, storage, self._thread, self._metrics)
         self._housekeeping = build_housekeeping(config, storage, self._thread, self._metrics)
         self._turns = Turns(
@@ -95,14 +96,25 @@ class Service:
             on_events=self._wake,
             on_reopened=storage.intake.renew,
         )
+        self._auditing = Auditing(config, storage, self._pipeline, nodes, self._thread, self._metrics)
         moving = (self._pipeline, self._turns, self._couriers, self._housekeeping)
         seen = Parts(
-            lambda: self.config, storage, self._metrics, *moving, self.health, lambda: self._config_error
+            lambda: self.config,
+            storage,
+            self._metrics,
+            *moving,
+            self.health,
+            lambda: self._config_error,
+            self._auditing.nodes,
         )
         self._lookout = Lookout(seen, config_file, clock_ms)
         self._turns.on_closed = self._lookout.closed
         self._web = (
-            None if worker else build_web(config, self._metrics, self.health, self._refresh, self._lookout)
+            None
+            if worker
+            else build_web(
+                config, self._metrics, self.health, self._refresh, self._lookout, self._auditing.api()
+            )
         )
         store = config.store.path
         self._control = ControlServer(
@@ -113,6 +125,8 @@ class Service:
                 self._recorder,
                 self._metrics,
                 status=self.status,
+                audit=self._auditing.latest,
+                intake=self._auditing.received,
                 health=self.health,
                 scrape=self._exposition,
                 page=lambda: self._lookout.document(tenants=self.config.listen.http_tenants),
@@ -122,7 +136,13 @@ class Service:
         self._stages: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
         self._started = False
-        self._oldest_ms: dict[int, int | None] = {}
+        self._queues = QueueWatch(
+            [courier.settings for courier in self._couriers],
+            storage.queue,
+            config.store.path,
+            self._thread,
+            self._metrics,
+        )
         self._config_error = ""
 
     # --- start ------------------------------------------------------------------------------------------
@@ -134,13 +154,13 @@ class Service:
             ListenError: a port cannot be had.
         """
         self._metrics.info.labels(version=__version__, fold=CHOICE.reason).set(1)
-        for number, (node, rows) in enumerate(self._storage.loss.rows.items()):
+        for number, (node, rows) in enumerate(by_node(self._storage.loss.rows).items()):
             self._metrics.crash_lost.labels(node=node if number < MAX_NODES_NAMED else OTHERS).inc(rows)
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
         http = None if self._web is None else await self._web.start()
         await self._control.start()
         self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
-        self._stages["watch"] = asyncio.create_task(self._watch(), name="watch")
+        self._stages["watch"] = asyncio.create_task(self._queues.run(), name="watch")
         self._stages["page"] = asyncio.create_task(self._lookout.run(), name="page")
         for courier in self._couriers:
             name = f"output {courier.settings.name}"
@@ -148,6 +168,8 @@ class Service:
         if self._storage.database.unchecked:
             checking = check_beside(self._storage.database)
             self._stages["check"] = asyncio.create_task(checking, name="check")
+        if (auditor := self._auditing.auditor) is not None:
+            self._stages["audit"] = asyncio.create_task(auditor.run(), name="audit")
         if salvages := self._storage.past.salvages:
             salvaging = salvage_all(salvages, self._thread, self._metrics, clock_ms)
             self._stages["salvage"] = asyncio.create_task(salvaging, name="salvage")
@@ -234,6 +256,7 @@ class Service:
             courier.trust(*change.trust[courier.settings.name])
         if self._web is not None:
             self._web.token = change.http_token
+        self._auditing.trust(config)
         log.info("reloaded", changed=change.keys)
 
     # --- drain ------------------------------------------------------------------------------------------
@@ -286,7 +309,10 @@ class Service:
     # --- between the parts ------------------------------------------------------------------------------
 
     def _take(self, port: Port, origin: Origin, part: Split, now_ms: int) -> None:
-        self._storage.intake.add(origin.node_id, len(part.entries))
+        tcp = len(part.entries) - part.http
+        for kind, rows in ((HTTP, part.http), (TCP, tcp)):
+            if rows:
+                self._storage.intake.add(origin.node_id, rows, origin.log_name, kind)
         self._pipeline.take(port, origin, part, now_ms)
 
     def _guards(self) -> Iterator[asyncio.Task[None]]:
@@ -297,28 +323,6 @@ class Service:
     def _wake(self) -> None:
         for courier in self._couriers:
             courier.notify()
-
-    async def _watch(self) -> None:
-        """Keeps the figures that only the store knows at hand for metrics and readiness."""
-        queue = self._storage.queue
-        said = ""
-        while True:
-            try:
-                tallies = await self._thread.run(queue.tallies)
-                for courier in self._couriers:
-                    name, output = courier.settings.name, courier.settings.output
-                    self._oldest_ms[output] = await self._thread.run(queue.oldest_ms, output)
-                    self._metrics.pending.labels(output=name).set(tallies.get((output, "pending"), 0))
-                    self._metrics.dead.labels(output=name).set(tallies.get((output, "dead"), 0))
-                self._metrics.set_aside.set(await self._thread.run(set_aside_files, self.config.store.path))
-                said = ""
-            except StoreError as error:
-                if not error.retriable:
-                    raise
-                if said != error.message:
-                    log.warning("store cannot be read", error=error.message)
-                said = error.message
-            await asyncio.sleep(1)
 
     def health(self) -> Health:
         """What /healthz and /readyz say."""
@@ -339,7 +343,7 @@ class Service:
             reasons["store"] = self._turns.failure.message
         for courier in self._couriers:
             name, policy = courier.settings.name, courier.policy
-            oldest_ms = self._oldest_ms.get(courier.settings.output)
+            oldest_ms = self._queues.oldest_ms.get(courier.settings.output)
             if policy.paused is not None:
                 reasons[f"output {name} paused"] = (
                     policy.paused
@@ -362,6 +366,7 @@ class Service:
             "checkpoint_age_ms": clock_ms() - self._turns.durable_ms,
             "config_error": self._config_error,
             "space": self._housekeeping.status(),
+            "audit": self._auditing.summary(),
         }
 
     def _exposition(self) -> bytes:
@@ -379,6 +384,7 @@ class Service:
         metrics.stage_beat.labels(stage="turns").set((now_ms - self._turns.beat_ms) / 1_000)
         metrics.store_failed.set(self._turns.failure is not None)
         self._housekeeping.gauges()
+        self._auditing.gauges()
         shown = {f"output {output.name}": output.cert_file for output in self.config.outputs}
         shown["listen"] = self.config.listen.tls.cert_file if self.config.listen.tls else None
         for use, path in shown.items():
@@ -386,7 +392,7 @@ class Service:
                 metrics.certificate_expiry.labels(use=use).set(expires)
         for courier in self._couriers:
             name = courier.settings.name
-            oldest_ms = self._oldest_ms.get(courier.settings.output)
+            oldest_ms = self._queues.oldest_ms.get(courier.settings.output)
             metrics.oldest.labels(output=name).set(max(0, now_ms - oldest_ms) / 1_000 if oldest_ms else 0)
             metrics.paused.labels(output=name).set(courier.policy.paused is not None)
             metrics.stage_beat.labels(stage=f"output {name}").set((now_ms - courier.beat_ms) / 1_000)

@@ -4,7 +4,7 @@
                               ╠═══▶ worker 1   usage.worker-1.db   ├ at each scrape for its metrics,
                               ╚═══▶ worker 2   usage.worker-2.db   ┘ over its control socket
     listen.streams ═══════════════▶ worker 0 alone
-    listen.http ──────────────────▶ the supervisor: /metrics of all as one, /healthz, /readyz
+    listen.http ──────────────────▶ the supervisor: /metrics of all as one, /healthz, /readyz, /api
 
 The supervisor is a parent that holds no store and reads no row. Each worker is ``proxy-usage run`` with its
 part of the configuration (``config.workers``): a store, a lock, a control socket and counts of rows of its
@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import prometheus_client as prometheus
@@ -92,6 +93,7 @@ class Supervisor:
             health=self.health,
             refresh=self._gather,
             token=self._token(config),
+            api={"/api/intake": self._intake, "/api/audit": partial(self._children[0].ask, "audit")},
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -195,6 +197,11 @@ class Supervisor:
         for child, text in zip(self._children, texts, strict=True):
             if text is not None:
                 self._merged.took(child.part.number, text)
+
+    async def _intake(self) -> object:
+        """What each worker received. None when one does not answer: without it, its rows would look lost."""
+        answers = await asyncio.gather(*(child.ask("intake") for child in self._children))
+        return None if None in answers else answers
 
     def _own(self) -> Iterable[Metric]:
         """What only the supervisor knows."""

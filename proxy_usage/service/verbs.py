@@ -22,6 +22,8 @@ class Verbs:
 
     Args:
         status: what only the running process knows.
+        audit: what the audit came to.
+        intake: what this sink received, for the audit of another.
         health, scrape: what /readyz and /metrics say, for a supervisor.
         page: what the operator's page shows.
         wake: tells delivery that there is something to send.
@@ -35,6 +37,8 @@ class Verbs:
         metrics: Metrics,
         *,
         status: Callable[[], Mapping[str, object]],
+        audit: Callable[[], object],
+        intake: Callable[[], object],
         health: Callable[[], Health],
         scrape: Callable[[], bytes],
         page: Callable[[], Mapping[str, object]],
@@ -45,6 +49,8 @@ class Verbs:
         self._recorder = recorder
         self._metrics = metrics
         self._status_of = status
+        self._audit_of = audit
+        self._intake_of = intake
         self._health_of = health
         self._scrape = scrape
         self._page_of = page
@@ -53,9 +59,11 @@ class Verbs:
     def handlers(self) -> Mapping[str, Handler]:
         """What the control socket serves."""
         return {
+            "audit": self._audit,
             "deadletters.redate": self._redate,
             "deadletters.replay": self._replay,
             "health": self._health,
+            "intake": self._intake,
             "metrics": self._metrics_text,
             "outputs.retire": self._retire,
             "page": self._page,
@@ -109,6 +117,12 @@ class Verbs:
 
     async def _record_status(self, _arguments: Arguments) -> object:
         return self._recorder.status()
+
+    async def _audit(self, _arguments: Arguments) -> object:
+        return self._audit_of()
+
+    async def _intake(self, _arguments: Arguments) -> object:
+        return self._intake_of()
 
     async def _status(self, _arguments: Arguments) -> object:
         return self._status_of()

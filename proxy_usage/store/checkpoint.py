@@ -10,45 +10,30 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import islice
 from types import MappingProxyType
 
 import msgspec
 
 from proxy_usage.errors import StoreForeign
 from proxy_usage.events import Mint
+from proxy_usage.intake import HTTP, Source, by_node
 from proxy_usage.model import Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
 from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, counters, tally
 from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
 from proxy_usage.store.origins import NumberOf, OriginBook
+from proxy_usage.store.records import Record, encode, fold_log, records_of
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
 from proxy_usage.store.week import Hours, add_hours
 from proxy_usage.turn import Held, Layout, OutputSlot, Recovered, Turn
 
-RECORD_CELLS = 2_000
-"""Cells in a record at most: to pack or to open so many holds up the event loop's thread for half a ms."""
 FOLD_BYTES = 256 << 10
 """Records are folded when those since the last fold outgrow this and three times the folded one."""
 REMAINDER_IDLE_MS = 35 * 86_400_000
 """A remainder unused for so long is written off (design: promise 3)."""
-
-_Birth = tuple[int, int, str, tuple[str, ...], int]  # id, window, tenant, dimensions, due
-
-
-class Record(msgspec.Struct, array_like=True):
-    """A record of the log: what one turn, or a fold, says of open cells."""
-
-    born: list[_Birth]
-    changed: list[tuple[int, ...]]  # id, rows, *amounts
-    closed: list[int]
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Record).decode
 
 
 class Checkpoints:
@@ -89,7 +74,8 @@ class Checkpoints:
             cells = fold_log(db)
             row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
             layout = msgspec.json.decode(row[0], type=Layout) if row else None
-            intake = dict(db.execute("SELECT node, rows FROM intake"))
+            intake = stored_intake(db)
+            ended = counters(db, "ended")
             streams = load_streams(db)
             connections = load_connections(db)
         return Recovered(
@@ -103,6 +89,7 @@ class Checkpoints:
                 for birth, state in cells.values()
             ),
             intake=intake,
+            ended=ended,
             streams=streams,
             connections=connections,
         )
@@ -111,10 +98,10 @@ class Checkpoints:
         self,
         layout: Layout,
         outputs: Sequence[OutputSlot],
-        lost: Mapping[str, int],
+        lost: Mapping[Source, int],
         *,
         unknown: Iterable[str] = (),
-        unexplained: Mapping[str, int] = MappingProxyType({}),
+        unexplained: Mapping[Source, int] = MappingProxyType({}),
     ) -> None:
         """Makes the store fit this start: its layout, its outputs, and what the crash before it lost.
 
@@ -122,10 +109,10 @@ class Checkpoints:
         read again.
 
         Args:
-            lost: rows per node that the former process had read and not saved. They are added both to
-                ``crash_lost`` and to ``intake``, so that no later start reports them again.
+            lost: rows that the former process had read and not saved. They are added both to ``crash_lost``
+                and to ``intake``, so that no later start reports them again.
             unknown: nodes of which nobody can say what was lost; counted in ``crash_unknown``.
-            unexplained: rows per node that ``intake`` is raised by without a word.
+            unexplained: rows that ``intake`` is raised by without a word.
         """
         with self._database.transaction() as db:
             row = db.execute("SELECT value FROM meta WHERE name='layout'").fetchone()
@@ -135,12 +122,15 @@ class Checkpoints:
                 "INSERT INTO meta VALUES('layout', ?) ON CONFLICT(name) DO UPDATE SET value=excluded.value",
                 (msgspec.json.encode(layout).decode(),),
             )
-            add_counters(db, "crash_lost", lost.items())
+            add_counters(db, "crash_lost", by_node(lost).items())
+            lost_http = {source: rows for source, rows in lost.items() if source.kind == HTTP}
+            add_counters(db, "crash_lost_http", by_node(lost_http).items())
             add_counters(db, "crash_unknown", ((node, 1) for node in unknown))
-            for node, rows in (*lost.items(), *unexplained.items()):
+            for source, rows in (*lost.items(), *unexplained.items()):
                 db.execute(
-                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=rows+excluded.rows",
-                    (node, rows),
+                    "INSERT INTO intake VALUES(?,?,?,?) ON CONFLICT(node, log, kind)"
+                    " DO UPDATE SET rows=rows+excluded.rows",
+                    (*source, rows),
                 )
         self.outputs = tuple(outputs)
 
@@ -155,7 +145,7 @@ class Checkpoints:
         windows = turn.windows
         births = ((b.id, b.window_ms, b.key.tenant, b.key.dimensions, b.due_ms) for b in windows.born)
         closed = [cell.id for cell in windows.closing]
-        records = list(_records(births, windows.changed, closed))
+        records = list(records_of(births, windows.changed, closed))
         held_before = self._held
         try:
             with self._database.transaction(usage=True) as db:
@@ -168,9 +158,11 @@ class Checkpoints:
                 add_counters(db, "counted", zip(names, turn.counted, strict=True))
                 add_counters(db, "rows", ((f"{f}/{reason}", n) for (f, reason), n in turn.fates.items()))
                 db.executemany(
-                    "INSERT INTO intake VALUES(?,?) ON CONFLICT(node) DO UPDATE SET rows=excluded.rows",
-                    turn.intake.items(),
+                    "INSERT INTO intake VALUES(?,?,?,?) ON CONFLICT(node, log, kind)"
+                    " DO UPDATE SET rows=excluded.rows",
+                    [(*source, rows) for source, rows in turn.intake.items()],
                 )
+                add_counters(db, "ended", turn.ended.items())
                 if turn.streams is not None:
                     save_streams(db, turn.streams)
                 if turn.connections is not None:
@@ -210,7 +202,7 @@ class Checkpoints:
             last = db.execute("SELECT coalesce(max(seq), 0) FROM log").fetchone()[0]
             db.execute("DELETE FROM log")
             base = 0
-            for packed in _records(births, states, []) if cells else (_encode(Record([], [], [])),):
+            for packed in records_of(births, states, []) if cells else (encode(Record([], [], [])),):
                 last += 1
                 db.execute("INSERT INTO log(seq, record) VALUES(?,?)", (last, packed))
                 base += len(packed)
@@ -359,6 +351,12 @@ def _relay(db: sqlite3.Connection, former: Layout, layout: Layout) -> None:
     relay_connections(db, places)
 
 
+def stored_intake(db: sqlite3.Connection) -> dict[Source, int]:
+    """Rows read as of the last checkpoint."""
+    rows = db.execute("SELECT node, log, kind, rows FROM intake")
+    return {Source(node, log, kind): count for node, log, kind, count in rows}
+
+
 def key_number(
     db: sqlite3.Connection, key: Key, dimensions: Sequence[str], now_ms: int
 ) -> tuple[int, dict[str, int]]:
@@ -374,41 +372,3 @@ def key_number(
     ).lastrowid
     assert number is not None
     return number, {}
-
-
-def _records(
-    births: Iterable[_Birth], states: Sequence[tuple[int, ...]], closed: Sequence[int]
-) -> Iterator[bytes]:
-    """Packed records of at most ``RECORD_CELLS`` each; none where there is nothing to say."""
-    births = iter(births)
-    for first in range(0, max(len(states), len(closed)), RECORD_CELLS):
-        part = slice(first, first + RECORD_CELLS)
-        yield _encode(Record(list(islice(births, RECORD_CELLS)), list(states[part]), list(closed[part])))
-
-
-def fold_log(db: sqlite3.Connection) -> dict[int, tuple[_Birth, tuple[int, ...]]]:
-    """Reads the log from its first record to its last: the open cells by id."""
-    fold = LogFold()
-    for (packed,) in db.execute("SELECT record FROM log ORDER BY seq"):
-        fold.add(packed)
-    return {number: (birth, fold.states[number]) for number, birth in fold.births.items()}
-
-
-class LogFold:
-    """What records of the log come to, added in their order."""
-
-    def __init__(self) -> None:
-        self.births: dict[int, _Birth] = {}
-        self.states: dict[int, tuple[int, ...]] = {}
-
-    def add(self, packed: bytes) -> Record:
-        """Adds a record. Raises msgspec.MsgspecError for what is none."""
-        record = _decode(packed)
-        for birth in record.born:
-            self.births[birth[0]] = birth
-        for state in record.changed:
-            self.states[state[0]] = state
-        for closed in record.closed:
-            self.births.pop(closed, None)
-            self.states.pop(closed, None)
-        return record

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import structlog
 
 from proxy_usage.errors import StoreVersion
-from proxy_usage.store.schema import USAGE_TABLES, VERSION, translated
+from proxy_usage.store.schema import AUDIT_TABLES, USAGE_TABLES, VERSION, translated
 
 log = structlog.get_logger()
 
@@ -40,7 +40,16 @@ def _usage_tables(db: sqlite3.Connection) -> None:
     db.execute(f"PRAGMA max_page_count={bound}")
 
 
-STEPS: Mapping[int, Step] = {1: _usage_tables}
+def _logs_and_audits(db: sqlite3.Connection) -> None:
+    """Version 3: rows read are counted by log name too; and there are audits."""
+    db.execute("ALTER TABLE intake RENAME TO former_intake")
+    for statement in AUDIT_TABLES:
+        db.execute(statement)
+    db.execute("INSERT INTO intake SELECT node, '', '', rows FROM former_intake")
+    db.execute("DROP TABLE former_intake")
+
+
+STEPS: Mapping[int, Step] = {1: _usage_tables, 2: _logs_and_audits}
 """By the version that a step begins with."""
 
 

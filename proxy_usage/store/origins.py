@@ -10,7 +10,7 @@ changed. Past the bounds rows are counted under ``OTHERS``. Origins go with the 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from proxy_usage.model import Key
 from proxy_usage.origins import RowOrigin
@@ -56,19 +56,48 @@ class OriginBook:
             source = sources.get(named)
             if source is None:
                 source = sources[named] = _source(db, *named)
-            if _added(db, one.rows, one.hour_ms, key, source):
+            kept = self._put(db, one.rows, one.hour_ms, key, source)
+            if kept is None:
                 continue
-            if self._count(db, one.hour_ms) >= MAX_ORIGINS:
-                key = source = OTHERS
-                if _added(db, one.rows, one.hour_ms, key, source):
-                    continue
-            db.execute("INSERT INTO origins VALUES(?,?,?,?)", (one.hour_ms, key, source, one.rows))
             # It is in use: a search for unused keys that is under way must not take it.
             used_ms = now_ms - HOUR_MS
-            db.execute("UPDATE keys SET used_ms=? WHERE key=? AND used_ms<?", (now_ms, key, used_ms))
-            self._hours[one.hour_ms] = self._count(db, one.hour_ms) + 1
+            db.execute("UPDATE keys SET used_ms=? WHERE key=? AND used_ms<?", (now_ms, kept, used_ms))
             fresh += 1
         add_counters(db, "origins", [("kept", fresh)])
+
+    def merge(
+        self,
+        db: sqlite3.Connection,
+        sources: Iterable[tuple[int, str, str, int]],
+        origins: Iterable[tuple[int, int, int, int]],
+        keys: Mapping[int, int],
+    ) -> None:
+        """Adds what another store has in its tables, as part of the caller's transaction.
+
+        Args:
+            keys: numbers here by numbers there.
+        """
+        numbers = {OTHERS: OTHERS}
+        for number, rule, node, used_ms in sources:
+            numbers[number] = _source(db, rule, node, used_ms)
+        fresh = 0
+        for hour_ms, key, source, rows in origins:
+            # A key, or a source, that is gone has a name no more.
+            known = keys.get(key, OTHERS), numbers.get(source, OTHERS)
+            fresh += self._put(db, rows, hour_ms, *known) is not None
+        add_counters(db, "origins", [("kept", fresh)])
+
+    def _put(self, db: sqlite3.Connection, rows: int, hour_ms: int, key: int, source: int) -> int | None:
+        """Adds rows to an origin, or to the others past the bound. The key of one that is new, else None."""
+        if _added(db, rows, hour_ms, key, source):
+            return None
+        if self._count(db, hour_ms) >= MAX_ORIGINS:
+            key = source = OTHERS
+            if _added(db, rows, hour_ms, key, source):
+                return None
+        db.execute("INSERT INTO origins VALUES(?,?,?,?)", (hour_ms, key, source, rows))
+        self._hours[hour_ms] = self._count(db, hour_ms) + 1
+        return key
 
     def _count(self, db: sqlite3.Connection, hour_ms: int) -> int:
         if hour_ms not in self._hours:

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from proxy_usage.comparison import Ours
 from proxy_usage.errors import UsageError
 from proxy_usage.events import rfc3339
-from proxy_usage.store.checkpoint import fold_log
 from proxy_usage.store.database import counters
 from proxy_usage.store.history import HOUR_MS
+from proxy_usage.store.records import fold_log
 from proxy_usage.store.report import asides
 
 # Values are added in two halves: a sum may pass 64 bits.

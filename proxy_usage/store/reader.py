@@ -18,6 +18,7 @@ from typing import Any, Self
 from proxy_usage.comparison import Ours
 from proxy_usage.errors import StoreVersion, UsageError
 from proxy_usage.store import sums, usage
+from proxy_usage.store.audits import Hour, hours
 from proxy_usage.store.database import counters
 from proxy_usage.store.held import unpack
 from proxy_usage.store.migrate import check_readable
@@ -99,7 +100,7 @@ class Reader:
                 outputs=sums.outputs(db, sums.tallies(db)),
                 meters=sums.meters(db, cells),
                 rows=sums.rows(db),
-                intake=dict(db.execute("SELECT node, rows FROM intake ORDER BY node")),
+                intake=dict(db.execute("SELECT node, sum(rows) FROM intake GROUP BY node ORDER BY node")),
                 crash_lost=counters(db, "crash_lost"),
                 open_windows=len(cells),
                 keys=db.execute("SELECT count(*) FROM keys").fetchone()[0],
@@ -144,6 +145,11 @@ class Reader:
         """
         with self._snapshot() as db:
             return period(db, oldest_output(db, outputs) or outputs[0], from_ms, to_ms, route)
+
+    def audit_hours(self, from_ms: int, to_ms: int) -> tuple[Hour, ...]:
+        """What audits found in hours that begin in ``[from_ms, to_ms)``, by hour and node."""
+        with self._snapshot() as db:
+            return hours(db, from_ms, to_ms)
 
     # --- queue ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from proxy_usage.intake import read_counts
+from proxy_usage.intake import by_node, read_counts
 from proxy_usage.store.aside import Note
 from proxy_usage.store.database import Database, add_counters
 
@@ -90,7 +90,8 @@ def save(db: sqlite3.Connection, aside: Aside) -> None:
 
 def adopt(database: Database, note: Note) -> Aside:
     """Lets the store know of one that was set aside. What was lost of its nodes counts as unknown, once."""
-    nodes = tuple(sorted(read_counts(note.path.with_name(note.path.name + ".intake"))))
+    counts = read_counts(note.path.with_name(note.path.name + ".intake"))
+    nodes = tuple(sorted(by_node(counts)))
     aside = Aside(note.path.name, note.reason, note.at_ms, nodes)
     with database.transaction() as db:
         if db.execute("SELECT 1 FROM meta WHERE name=?", (_PREFIX + aside.file,)).fetchone() is None:

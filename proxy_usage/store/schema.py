@@ -20,7 +20,8 @@ host (SQLite's own EXCLUSIVE mode would shut readers out); any number of process
     tallies    events and values by output, fate and meter: the conservation sum
     counters   sums over the life of the store: counted amounts (``salvaged``: of these, out of a damaged
                store), rows by fate, crash losses
-    intake     rows read per node as of the last checkpoint
+    intake     rows read per node, log name and kind as of the last checkpoint
+    audits     where the audit of each Envoy stands; audit_hours: what it found, by node and hour
     ties       which keys used an open connection; waiting: listener rows whose time is not booked yet
     stream_*   long streams: a log of changed records, whole shards that make older log obsolete, their keys
 """
@@ -48,7 +49,7 @@ from proxy_usage.errors import (
 )
 
 APPLICATION_ID = 0x70757367  # "pusg"
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -104,7 +105,6 @@ CREATE TABLE ties(
 CREATE TABLE waiting(
     number INTEGER PRIMARY KEY, connection BLOB NOT NULL, start_ns INTEGER NOT NULL, identity BLOB NOT NULL,
     window_ms INTEGER NOT NULL, open_ns INTEGER NOT NULL, since_ms INTEGER NOT NULL);
-CREATE TABLE intake(node TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID;
 """
 SPAN_TRIGGER = """CREATE TRIGGER ledger_span AFTER INSERT ON ledger BEGIN
     INSERT INTO spans VALUES(NEW.entry >> 8, NEW.window_ms, NEW.window_ms) ON CONFLICT(span) DO UPDATE
@@ -130,6 +130,16 @@ USAGE_TABLES = (
     ORIGINS,
 )
 """What version 2 added: what a bill is explained by."""
+AUDIT_TABLES = (
+    """CREATE TABLE intake(
+    node TEXT NOT NULL, log TEXT NOT NULL, kind TEXT NOT NULL, rows INTEGER NOT NULL,
+    PRIMARY KEY(node, log, kind)) WITHOUT ROWID""",
+    "CREATE TABLE audits(envoy TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE audit_hours(
+    hour_ms INTEGER NOT NULL, node TEXT NOT NULL, figures TEXT NOT NULL,
+    PRIMARY KEY(hour_ms, node)) WITHOUT ROWID""",
+)
+"""What version 3 added, and `intake` as it made it."""
 
 
 class Lock:
@@ -275,8 +285,8 @@ def _prepare(db: sqlite3.Connection, path: Path, max_bytes: int, newest: int) ->
     db.execute(f"PRAGMA max_page_count={max(64, max_bytes // page)}")
     if empty:
         db.executescript(
-            f"BEGIN IMMEDIATE;{TABLES}{';'.join(USAGE_TABLES)};PRAGMA application_id={APPLICATION_ID};"
-            f"PRAGMA user_version={VERSION};COMMIT;"
+            f"BEGIN IMMEDIATE;{TABLES}{';'.join((*USAGE_TABLES, *AUDIT_TABLES))};"
+            f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={VERSION};COMMIT;"
         )
 
 

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from proxy_usage.store.checkpoint import fold_log
 from proxy_usage.store.database import counters
 from proxy_usage.store.history import history
 from proxy_usage.store.letters import absent
+from proxy_usage.store.records import fold_log
 from proxy_usage.store.views import Difference, MeterTerms, OutputStatus, OutputTerms, Tally
 from proxy_usage.turn import Layout
 

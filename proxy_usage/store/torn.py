@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy_usage.model import Cell, Key
-from proxy_usage.store.checkpoint import LogFold
+from proxy_usage.store.records import LogFold
 
 
 class Left(NamedTuple):

@@ -23,9 +23,9 @@ from ulid import ULID
 
 from proxy_usage.errors import UsageError
 from proxy_usage.events import rfc3339
-from proxy_usage.store.checkpoint import fold_log
 from proxy_usage.store.database import counters
 from proxy_usage.store.history import HOUR_MS
+from proxy_usage.store.records import fold_log
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.views import EventView
 

@@ -358,19 +358,6 @@ def test_configuration_keys_that_are_named_exist() -> None:
     assert not has_key(schema, ["store", "pathh"], schema["$defs"])
 
 
-def test_keys_without_effect_have_none() -> None:
-    """Whoever gives one of these an effect takes it off the list."""
-    (text,) = re.findall(r"without effect in this version: (.+?)\.\s", README, re.DOTALL)
-    shown = {"config", "cli"}  # they show and check every key
-    sources = [p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in shown]
-    code = "\n".join(path.read_text() for path in sources)
-    keys = spans(text)
-    assert keys
-    for key in keys:
-        chain = ".".join(f"config.{key}".split(".")[-2:])
-        assert not re.search(rf"\b{re.escape(chain)}\b", code), f"{key} has an effect now"
-
-
 # --- fates and reasons --------------------------------------------------------------------------------
 
 

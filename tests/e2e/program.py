@@ -18,6 +18,7 @@ import os
 import signal
 import struct
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -258,12 +259,12 @@ class Sink:
 
 def intake_rows(store: Path) -> dict[str, int]:
     """Rows read per node as the mapped file beside the store has them, read without mapping it."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     path = store.with_name(store.name + ".intake")
     if not path.exists():
         return counts
     with path.open("rb") as file:
         file.seek(len(MAGIC))
         while name := (slot := file.read(SLOT))[8:].rstrip(b"\0"):
-            counts[name.decode()] = struct.unpack_from("<Q", slot)[0]
+            counts[name.split(b"\0")[0].decode()] += struct.unpack_from("<Q", slot)[0]
     return counts

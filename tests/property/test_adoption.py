@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adoption import Books, books, together
+from adoption import Books, books, check_rows, together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inner_sink import InnerSink
@@ -25,12 +25,13 @@ from test_conservation import Endpoint, Row, answers, rows
 
 from proxy_usage.config import Config
 from proxy_usage.config.workers import worker_path
-from proxy_usage.intake import Intake
+from proxy_usage.intake import Intake, Source
 from proxy_usage.model import NS_PER_SECOND
 from proxy_usage.service.adopting import adopt_all
 from proxy_usage.service.build import Storage, open_storage
 from proxy_usage.store import Retention
 from proxy_usage.store.checkpoint import REMAINDER_IDLE_MS
+from proxy_usage.store.merging import Merger
 from proxy_usage.store.reader import Reader
 from proxy_usage.turn import Layout
 
@@ -49,6 +50,7 @@ steps = st.one_of(
     st.just(("crash",)),
     st.just(("replay",)),
     st.just(("roll",)),
+    st.just(("merge",)),
     st.just(("write off",)),
 )
 histories = st.lists(steps, min_size=3, max_size=14)
@@ -90,6 +92,8 @@ class Sinks:
                 sink.crash()
             case ("replay",):
                 sink.storage.queue.replay(None, [], None)
+            case ("merge",):
+                merge_backlog(sink)
             case ("roll",):
                 retention(sink).roll(sink.now_ms + 2 * DAY_MS)
             case ("write off",):
@@ -117,6 +121,13 @@ def retention(sink: InnerSink) -> Retention:
     )
 
 
+def merge_backlog(sink: InnerSink) -> None:
+    """As upkeep does where there is little room."""
+    merger = Merger(sink.storage.database, sink.mint)
+    while not merger.step(sink.now_ms).done:
+        continue
+
+
 def held_by(storage: Storage, config: Config) -> Books:
     names = [meter.name for meter in config.meter_list()]
     return books(storage.database.db, names, config.dimensions)
@@ -138,6 +149,7 @@ def check(config: Config, expected: Books, *, workers: int = 1) -> None:
         try:
             assert (storage.loss.rows, storage.loss.unknown) == ({}, ())
             found.append(held_by(storage, config))
+            check_rows(storage.database.db)
             for (text,) in storage.database.db.execute("SELECT remainders FROM keys"):
                 carried = json.loads(text)
                 assert all(carried.get(m.name, 0) < max(2, m.divisor) for m in config.meter_list())
@@ -188,17 +200,22 @@ def lived(place: Path) -> tuple[Config, Books]:
                 ("turn", 0),
                 ("turn", 90_000),
                 ("deliver", ["lost"]),
+                *(2 * [("read", [Row("plain", "gamma", "web", (1, 2), 5, 0)], "n1"), *CLOSED]),
+                ("merge",),
                 ("read", [Row("plain", "beta", "web", (worker, 2), 5, 0)], "n2"),
                 ("turn", 0),
             ],
         )
     expected = sinks.close()
-    for name in ("events", "deliveries", "dead", "ledger", "batches", "intake", "held", "unfinished"):
+    names = ("events", "deliveries", "dead", "ledger", "batches", "intake", "held", "unfinished")
+    for name in (*names, "origins", "merges"):
         assert expected[name], f"nothing in {name}"
     assert any(row[2] is not None for row in expected["deliveries"])  # some were attempted
+    assert {"ended", "rows"} <= {name for name, _ in expected["counters"]}
     return sinks.config, expected
 
 
+CLOSED = (("turn", 0), ("turn", 90_000))
 KINDS = ("plain", "plain", "nobody", "begun", "negative")
 
 
@@ -209,9 +226,9 @@ def die() -> None:
 class Stumbling(Intake):
     """Asked for the first node, at the end of the transaction, it ends the process."""
 
-    def known_as(self, node: str) -> str:
+    def known_as(self, source: Source) -> Source:
         die()
-        return node
+        return source
 
 
 def killed_at(step: str, config: Config) -> None:

@@ -26,6 +26,7 @@ from money import DAY_MS, HOUR_MS, T0
 from wire import DOWNSTREAM_START, http_row, message
 
 from proxy_usage.errors import StoreFull
+from proxy_usage.intake import by_node
 from proxy_usage.model import MAX_BYTES, NS_PER_MS, NS_PER_SECOND
 from proxy_usage.outputs.base import Answer, Retry, Verdict
 from proxy_usage.store import Batch
@@ -283,7 +284,7 @@ class Run:
     def crash(self) -> None:
         lost = +self.sink.unsaved
         self.sink.crash()
-        assert self.sink.storage.loss.rows == lost
+        assert by_node(self.sink.storage.loss.rows) == lost
         assert self.sink.storage.loss.unknown == ()
         self.sums.unsaved = Counter()
 

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from proxy_usage.events import Mint
+from proxy_usage.intake import HTTP, TCP, Source
 from proxy_usage.model import Identity, Key, Meter, Origin, Quantity
 from proxy_usage.store import Batch, Checkpoints, Database, Fate, Held, Idle, Layout, OutputSlot, Queue, Turn
 from proxy_usage.windows import Windows
@@ -86,7 +87,7 @@ class MadeStore:
             counted=tuple(self._counted),
             fates={("counted", ""): 3, ("skipped", "upstream"): 1},
             held=tuple(self._held),
-            intake={"node-a": 4},
+            intake={Source("node-a", "http", HTTP): 3, Source("node-a", "conn", TCP): 1},
         )
         events = self.checkpoints.commit(turn, self.mint, now_ms)
         self.windows.commit(windows)

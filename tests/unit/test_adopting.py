@@ -21,10 +21,14 @@ from wire import http_row
 from proxy_usage.config.workers import worker_path, worker_stores
 from proxy_usage.connections import Connections
 from proxy_usage.errors import ConfigError, StoreError, StoreFull, StoreLocked
+from proxy_usage.intake import HTTP, OTHERS, PLACES, Intake, by_node
 from proxy_usage.service.adopting import adopt_all
 from proxy_usage.service.build import open_storage
-from proxy_usage.store.adopt import TABLES_TAKEN
+from proxy_usage.store import Database
+from proxy_usage.store.audits import Audits
+from proxy_usage.store.bringing import TABLES_LEFT, TABLES_TAKEN
 from proxy_usage.store.connections import load_connections, merge_connections, save_connections
+from proxy_usage.store.database import counters
 from proxy_usage.store.reader import Reader
 from proxy_usage.store.salvage import SALVAGED
 from proxy_usage.store.schema import Lock
@@ -120,12 +124,16 @@ def test_connections_and_waiting_rows_of_both_stores_are_settled() -> None:
     theirs.db.close()
 
 
-def test_every_table_is_taken_over() -> None:
-    """A new table: say in ``store/adopt.py`` how it is brought over, and try it in the property test."""
-    store = Store()
-    tables = {name for (name,) in store.db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
-    store.db.close()
-    assert tables - {"meta", "sqlite_sequence"} == set(TABLES_TAKEN.split())
+def test_every_table_is_taken_over(tmp_path: Path) -> None:
+    """A new table: say in ``store/bringing.py`` how it is brought over, and try it in the property test."""
+    database = Database(tmp_path / "usage.db")
+    names = "SELECT name FROM sqlite_master WHERE type='table' AND name NOT LIKE 'sqlite_%'"
+    tables = {name for (name,) in database.db.execute(names)}
+    database.close()
+    taken = set(TABLES_TAKEN.split())
+    assert {"merges", "origins", "audits"} <= tables  # of all versions
+    assert tables - {"meta"} == taken | TABLES_LEFT.keys()
+    assert not taken & TABLES_LEFT.keys()
 
 
 # --- what is in the way -------------------------------------------------------------------------------------
@@ -226,12 +234,51 @@ def test_rows_that_a_killed_worker_lost_are_reported_by_who_takes_over(tmp_path:
         second.read(http_row(), http_row(), http_row(), node="envoy-9")  # and never saved
     for start in range(2):
         storage = open_storage(sink.config.model_copy(update={"workers": 1}))
-        assert storage.loss.rows == ({} if start else {"envoy-9": 3})
+        assert by_node(storage.loss.rows) == ({} if start else {"envoy-9": 3})
         assert storage.loss.unknown == ()
-        assert storage.intake.counts()["envoy-9"] == 3
+        assert by_node(storage.intake.counts())["envoy-9"] == 3
         storage.close()
     with Reader(sink.config.store.path) as reader:
         assert reader.status().crash_lost == {"envoy-9": 3}
+
+
+def test_audits_are_told_whose_rows_are_in_it_now(tmp_path: Path) -> None:
+    sink = two_stores(tmp_path)
+    path = worker_path(sink.config.store.path, 1)
+    databases = [Database(store) for store in (sink.config.store.path, path)]
+    own, other = [Audits(database, keep_ms=1).sink(T0 + 5) for database in databases]
+    for database in databases:
+        database.close()
+    storage = open_storage(sink.config.model_copy(update={"workers": 1}))
+    audits = Audits(storage.database, keep_ms=1)
+    assert (audits.sink(0), audits.adopted()) == (own, {other.id: T0 + 5})
+    assert by_node(storage.intake.counts()) == {"envoy-1": 4}
+    assert counters(storage.database.db, "ended") == {"envoy-1": 4}
+    storage.close()
+
+
+def test_a_store_that_no_audit_knows_by_name_is_told_of_all_the_same(tmp_path: Path) -> None:
+    sink = two_stores(tmp_path)
+    storage = open_storage(sink.config.model_copy(update={"workers": 1}))
+    assert list(Audits(storage.database, keep_ms=1).adopted().values()) == [0]
+    storage.close()
+
+
+def test_a_node_that_is_counted_with_others_from_now_on_is_unknown_to_audits(tmp_path: Path) -> None:
+    sink = two_stores(tmp_path)
+    path = worker_path(sink.config.store.path, 1)
+    with InnerSink(tmp_path, now_ms=T0, workers=2, store={"path": str(path)}) as second:
+        second.read(http_row(), node="envoy-9")
+        second.turn()
+    intake = Intake(sink.config.store.path.with_name("usage.db.intake"))
+    for number in range(PLACES):
+        intake.add(f"n{number}", 1, "http", HTTP)
+    intake.close()
+    storage = open_storage(sink.config.model_copy(update={"workers": 1}))
+    assert "envoy-9" not in by_node(storage.intake.counts())
+    assert counters(storage.database.db, "crash_unknown") == {"envoy-9": 1}
+    assert counters(storage.database.db, "ended") == {"envoy-1": 4, OTHERS: 1}
+    storage.close()
 
 
 def test_a_damaged_store_is_salvaged_by_who_takes_over(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ ONE_MISTAKE = {
     "audit of no URL": (
         "audit: {envoys: [localhost]}",
         2,
-        "audit.envoys[0]",
+        "audit.envoys[0].url",
         "neither http nor https",
         "http://",
     ),

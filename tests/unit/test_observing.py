@@ -5,8 +5,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from proxy_usage.metrics import Metrics
-from proxy_usage.pipeline import Observed
 from proxy_usage.service.observing import LINES, MINUTE_MS, Observer
+from proxy_usage.turn import Observed
 from proxy_usage.windows import Windows
 
 

@@ -12,6 +12,7 @@ from wire import DOWNSTREAM_START, http_row, message, tcp_row
 from proxy_usage.attribution import Attributor
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.holding import OVERFLOW
+from proxy_usage.intake import by_node
 from proxy_usage.model import NS_PER_MS, NS_PER_SECOND
 from proxy_usage.pipeline import Port
 from proxy_usage.service.build import build_attributor, build_folds
@@ -248,7 +249,24 @@ def test_a_refused_turn_is_in_the_next_one_with_what_came_meanwhile(tmp_path: Pa
         assert sink.rows() == {"counted": 8, "skipped": 1}
         assert sum(closed(sink).values()) == 4
         assert sink.check_books()["requests"]["held"] == 4
-        assert sink.storage.intake.counts() == {"envoy-1": 9}
+        assert by_node(sink.storage.intake.counts()) == {"envoy-1": 9}
+
+
+def test_end_rows_are_counted_by_node_whatever_becomes_of_them_and_survive_a_crash(tmp_path: Path) -> None:
+    """Envoy's counters of requests are compared with them, and Envoy knows of no tenant."""
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read(row(), row(tags={"project_name": "No"}), row(route=""))
+        sink.read(tcp_row())
+        sink.read(row(details="internal_redirect"), row(type=DOWNSTREAM_START), node="envoy-2")
+        sink.storage.database.db.execute("PRAGMA query_only=1")
+        with pytest.raises(StoreError):
+            sink.turn()
+        sink.storage.database.db.execute("PRAGMA query_only=0")
+        sink.turn()
+        assert sink.pipeline.ended == {"envoy-1": 3, "envoy-2": 1}
+        sink.read(row())
+        sink.crash()
+        assert sink.pipeline.ended == {"envoy-1": 3, "envoy-2": 1}
 
 
 def test_while_the_store_is_full_nothing_read_is_lost(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def test_a_stage_without_a_sign_of_life_is_named_and_in_time_a_reason_to_r
 
 async def test_events_that_no_output_takes_for_long_are_a_reason(service: Service) -> None:
     (courier,) = service._couriers
-    service._oldest_ms[courier.settings.output] = clock_ms() - STALLED_MS - 1_000
+    service._queues.oldest_ms[courier.settings.output] = clock_ms() - STALLED_MS - 1_000
     assert service.health().reasons == {"output billing stalled": "oldest event is 601 s old"}
 
 

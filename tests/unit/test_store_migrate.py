@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from damage import leaves, overwrite
 from money import T0, Store
+from old_stores import made_old
 from structlog.testing import capture_logs
 
 from proxy_usage.errors import StoreError, StoreVersion
-from proxy_usage.store import Database, aside
+from proxy_usage.intake import Source
+from proxy_usage.store import Checkpoints, Database, aside
 from proxy_usage.store.migrate import HISTORY, STEPS, History
 from proxy_usage.store.reader import Reader
 from proxy_usage.store.schema import VERSION
@@ -160,3 +162,17 @@ def test_a_damaged_store_is_not_migrated_but_set_aside(path: Path) -> None:
     assert [note.at_ms for note in aside.notes(path)] == [T0]
     assert version(aside.notes(path)[0].path) == OLD
     assert version(path) == NEW
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_counts_by_node_alone_become_those_of_a_log_without_a_name(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "old.db"
+    Database(path).close()
+    made_old(path, version)
+    database, fresh = Database(path), Database(tmp_path / "new.db")
+    checkpoints = Checkpoints(database, max_held=1)
+    assert checkpoints.recover().intake == {Source("edge-1"): 7, Source("edge-2"): 9}
+    schema = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+    assert database.db.execute(schema).fetchall() == fresh.db.execute(schema).fetchall()
+    database.close()
+    fresh.close()

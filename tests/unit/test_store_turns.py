@@ -28,6 +28,7 @@ from money import (
 )
 
 from proxy_usage.errors import ConfigError, StoreError, StoreFull
+from proxy_usage.intake import HTTP, Source
 from proxy_usage.model import NS_PER_SECOND, Cell, Identity, Origin
 from proxy_usage.store import Held, Layout, OutputSlot, Turn
 from proxy_usage.store.checkpoint import REMAINDER_IDLE_MS
@@ -58,7 +59,7 @@ def busy_turn() -> Turn:
         counted=(8, 20, 30, 6 * NS_PER_SECOND + 15),
         held=[held(b"x"), held(b"y")],
         fates={("counted", ""): 8, ("skipped", "start"): 2, ("invalid", "duration"): 1},
-        intake={"envoy-1": 11, "envoy-2": 0},
+        intake={Source("envoy-1", "http", HTTP): 11, Source("envoy-2"): 0},
     )
 
 
@@ -126,7 +127,9 @@ def test_a_turn_that_finds_the_store_full_is_told_so_and_is_not_lost(tmp_path: P
 
 def test_held_usage_of_a_refused_turn_does_not_use_up_the_bound(tmp_path: Path) -> None:
     usage = [held(b"x"), held(b"y")]
-    too_much = {f"node {number} {'x' * 200}": 1 for number in range(2_000)}  # stored behind held usage
+    too_much = {
+        Source(f"node {number} {'x' * 200}"): 1 for number in range(2_000)
+    }  # stored behind held usage
     with Store(tmp_path, max_held=2) as store:
         leave_room(store.database, 2)
         for _ in range(5):
@@ -271,12 +274,12 @@ def test_a_fold_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 def test_rows_read_are_stored_absolute_and_a_crashs_loss_is_reported_once(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        store.checkpoints.commit(turn(intake={"a": 5, "b": 1}), store.mint, T0)
-        store.checkpoints.commit(turn(intake={"a": 9, "b": 1}), store.mint, T0)
-        assert store.checkpoints.recover().intake == {"a": 9, "b": 1}
-        store.checkpoints.begin(LAYOUT, store.slots, {"a": 3, "c": 2})
-        assert store.checkpoints.recover().intake == {"a": 12, "b": 1, "c": 2}
-        store.checkpoints.begin(LAYOUT, store.slots, {"a": 1})
+        store.checkpoints.commit(turn(intake={Source("a"): 5, Source("b"): 1}), store.mint, T0)
+        store.checkpoints.commit(turn(intake={Source("a"): 9, Source("b"): 1}), store.mint, T0)
+        assert store.checkpoints.recover().intake == {Source("a"): 9, Source("b"): 1}
+        store.checkpoints.begin(LAYOUT, store.slots, {Source("a"): 3, Source("c"): 2})
+        assert store.checkpoints.recover().intake == {Source("a"): 12, Source("b"): 1, Source("c"): 2}
+        store.checkpoints.begin(LAYOUT, store.slots, {Source("a"): 1})
         assert store.checkpoints.crash_lost() == {"a": 4, "c": 2}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from money import DAY_MS, HOUR_MS, MINUTE_MS, T0, Store, cell, key, turn
+from old_stores import made_old
 
 from proxy_usage.errors import UsageError
 from proxy_usage.model import Cell, Identity, Origin
@@ -409,13 +410,8 @@ def test_a_store_of_version_1_gets_what_it_lacks(tmp_path: Path) -> None:
         path = store.path
     db = sqlite3.connect(path)
     spans = db.execute("SELECT * FROM spans").fetchall()
-    for kind, name in (
-        *(("TRIGGER", "ledger_span"), ("INDEX", "events_window"), ("INDEX", "keys_tenant")),
-        *(("TABLE", name) for name in ("spans", "merges", "sources", "origins")),
-    ):
-        db.execute(f"DROP {kind} {name}")
-    db.execute("PRAGMA user_version=1")
     db.close()
+    made_old(path, 1)
     with Store(tmp_path) as store:
         assert store.rows("SELECT * FROM spans") == spans
         assert len(lines(store)) == 600

@@ -15,8 +15,8 @@ from made_store import START, MadeStore
 from salvaging import BOTH, LATER, bodies, check_sums, letters, many, replaced, salvage_of
 
 from proxy_usage.store import Fate
-from proxy_usage.store.checkpoint import Record, _encode
 from proxy_usage.store.reader import Reader
+from proxy_usage.store.records import Record, encode
 from proxy_usage.store.report import Report, asides
 from proxy_usage.store.torn import TornLog
 from proxy_usage.store.wreck import Wreck
@@ -210,7 +210,7 @@ def record(
     changed: Iterable[tuple[int, ...]] = (),
     closed: Iterable[int] = (),
 ) -> bytes:
-    return _encode(Record(list(born), list(changed), list(closed)))
+    return encode(Record(list(born), list(changed), list(closed)))
 
 
 def torn(*records: bytes | None) -> tuple[dict[str, int], dict[str, int], int]:

@@ -8,6 +8,7 @@ from inner_sink import InnerSink
 from money import HOUR_MS, T0, key, windows
 from wire import DOWNSTREAM_PERIODIC, http_row, message
 
+from proxy_usage.intake import by_node
 from proxy_usage.model import NS_PER_MS
 from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, next_step
 from proxy_usage.turn import Turn
@@ -95,12 +96,12 @@ def test_rows_taken_after_the_first_step_belong_to_the_next_turn(tmp_path: Path)
         while made is None:
             sink.read_raw(rows(10))
             made = next_step(steps)
-        assert made.intake == {"envoy-1": 250}
+        assert by_node(made.intake) == {"envoy-1": 250}
         assert made.fates == {("counted", ""): 250}
         assert made.counted[0] == sum(cell[2] for cell in made.windows.changed) == 250
         sink.pipeline.commit(made)
         later = sink.pipeline.begin(T0)
-        assert sum(later.fates.values()) == later.intake["envoy-1"] - 250 > 0
+        assert sum(later.fates.values()) == by_node(later.intake)["envoy-1"] - 250 > 0
         assert sum(cell[2] for cell in later.windows.changed) > later.counted[0]
 
 

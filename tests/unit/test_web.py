@@ -24,6 +24,11 @@ class Fixed:
         return self.text
 
 
+async def _late() -> object:
+    await asyncio.sleep(0)
+    return [1, 2]
+
+
 @contextlib.asynccontextmanager
 async def serving(
     token: Fixed | None = None, *, reasons: dict[str, str] | None = None, request_s: float = 10
@@ -35,6 +40,7 @@ async def serving(
         health=lambda: Health(True, reasons or {}),
         refresh=lambda: None,
         token=token,
+        api={"/api/x": lambda: {"rows": 7}, "/api/late": _late, "/api/away": lambda: None},
         request_s=request_s,
         answer_s=request_s,
     )
@@ -71,6 +77,12 @@ async def test_probes_need_no_token_and_everything_else_does() -> None:
         assert (await get(web, "/metrics", Authorization="Bearer renewed"))[0] == 200
         token.text = ""  # its file cannot be read
         assert (await get(web, "/metrics", Authorization="Bearer "))[0] == 401
+
+
+async def test_what_the_api_says_is_json_behind_the_token() -> None:
+    async with serving(Fixed("s3cret")) as web:
+        assert await get(web, "/api/x", Authorization="Bearer s3cret") == (200, '{"rows":7}')
+        assert (await get(web, "/api/y", Authorization="Bearer s3cret"))[0] == 404
 
 
 async def test_it_only_reads() -> None:
@@ -152,6 +164,12 @@ async def test_too_many_connections_leave_room_for_the_first() -> None:
         assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
         for _, writer in opened:
             writer.close()
+
+
+async def test_what_takes_time_to_say_is_waited_for_and_what_nobody_can_say_is_no_answer() -> None:
+    async with serving() as web:
+        assert await get(web, "/api/late") == (200, "[1,2]")
+        assert await get(web, "/api/away") == (503, '{"error": "a worker does not answer"}')
 
 
 async def test_reasons_are_json_and_nothing_else() -> None:

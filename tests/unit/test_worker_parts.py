@@ -47,6 +47,14 @@ def test_what_a_machine_has_is_divided_and_the_rest_is_each_ones_own(tmp_path: P
     assert parts[0] != parts[1]
 
 
+def test_worker_0_alone_audits(tmp_path: Path) -> None:
+    audit = {"envoys": ["http://127.0.0.1:9901"], "members": ["http://127.0.0.1:9090"]}
+    whole = Config.model_validate({"store": {"path": str(tmp_path / "usage.db")}, "audit": audit})
+    parts = [worker_config(whole, worker, 3).audit for worker in range(3)]
+    assert [len(part.envoys) for part in parts] == [1, 0, 0]
+    assert parts[0] == whole.audit
+
+
 def test_each_worker_writes_an_archive_of_its_own(tmp_path: Path) -> None:
     """Two writers of one file would shut each other out."""
     archive = {"path": str(tmp_path / "a.ndjson"), "max_bytes": "3MiB", "rotate_bytes": "2MiB"}

@@ -14,6 +14,7 @@
 #define SWITCHED 101
 #define CONNECT 6
 #define METHODS 10
+#define DOWNSTREAM_END 6
 
 static int is(span text, const char *other, size_t size)
 {
@@ -191,7 +192,70 @@ static int put(walker *self, const row *found, uint16_t number, uint32_t window,
     return 1;
 }
 
-int fold_row(walker *self, const source *from, span raw, int http, uint64_t now_ms)
+/* A row that was read: what fold_row returns. */
+static int book(walker *self, const source *from, const row *found, int http, uint64_t now_ms)
+{
+    int handling = found->type < MAX_TYPES ? from->handling[http][found->type] : CAREFUL;
+    if (handling >= HTTP_END_UNTYPED && handling < FIRST_SKIP) {
+        if (found->intermediate)
+            return 0;
+        handling -= HTTP_END_UNTYPED - HTTP_END;
+    }
+    if (handling == CAREFUL)
+        return 0;
+    if (handling >= FIRST_SKIP) {
+        self->fates[handling - FIRST_SKIP + FIRST_NAMED]++;
+        return 1;
+    }
+    if (http && is(found->details, "internal_redirect", 17)) {
+        self->fates[INTERNAL_REDIRECT]++;
+        return 1;
+    }
+    int skipped = from->tests ? skips(self, from, found) : 0;
+    if (skipped) {
+        if (skipped > 0)
+            self->fates[skipped]++;
+        return skipped > 0 ? 1 : -1;
+    }
+    uint64_t body_in = found->body_in, body_out = found->body_out, wire_in = found->wire_in, wire_out = found->wire_out;
+    int upgraded = found->status == SWITCHED
+        || (found->method == CONNECT && found->status >= 200 && found->status < 300);
+    if (!http) {
+        upgraded = handling == TCP_END;
+        if (upgraded) {
+            wire_in = body_in;
+            wire_out = body_out;
+        }
+    }
+    if ((wire_in | wire_out | body_in | body_out) >= MAX_BYTES)
+        return 0;
+    /* When: a row that does not say how long its stream was open is left to the careful path. */
+    if (!found->has_duration || found->start_s > MAX_START_SECONDS || found->open_s > MAX_DURATION_NS / NS_PER_SECOND)
+        return 0;
+    uint64_t start_ns = found->start_s * NS_PER_SECOND + found->start_ns;
+    uint64_t open_ns = found->open_s * NS_PER_SECOND + found->open_ns;
+    if (open_ns > MAX_DURATION_NS || open_ns >= self->finished_below_ns)
+        return 0;
+    uint64_t at_ns = start_ns ? start_ns + open_ns : now_ms * NS_PER_MS;
+    int future = at_ns > (now_ms + self->skew_ms) * NS_PER_MS;
+    int past = !future && now_ms > self->horizon_ms && at_ns < (now_ms - self->horizon_ms) * NS_PER_MS;
+    uint64_t at_ms = future || past ? now_ms : at_ns / NS_PER_MS;
+    if (at_ms / self->window_ms > UINT32_MAX)
+        return 0;
+    uint64_t amounts[QUANTITIES] = {
+        handling == HTTP_END, wire_in, wire_out, body_in, body_out, open_ns, upgraded ? open_ns : 0, 0,
+    };
+    int done = put(self, found, (uint16_t)(from - self->sources), (uint32_t)(at_ms / self->window_ms), amounts);
+    if (done > 0) {
+        self->fates[COUNTED]++;
+        self->notes[NO_START_TIME] += !start_ns;
+        self->notes[FUTURE] += (uint64_t)future;
+        self->notes[PAST_HORIZON] += (uint64_t)past;
+    }
+    return done;
+}
+
+int fold_row(walker *self, source *from, span raw, int http, uint64_t now_ms)
 {
     row found;
     memset(&found, 0, offsetof(row, values));
@@ -205,62 +269,7 @@ int fold_row(walker *self, const source *from, span raw, int http, uint64_t now_
     }
     if (!(http ? read_http(raw, &self->wants, &found) : read_tcp(raw, &self->wants, &found)))
         return 0;
-    int handling = found.type < MAX_TYPES ? from->handling[http][found.type] : CAREFUL;
-    if (handling >= HTTP_END_UNTYPED && handling < FIRST_SKIP) {
-        if (found.intermediate)
-            return 0;
-        handling -= HTTP_END_UNTYPED - HTTP_END;
-    }
-    if (handling == CAREFUL)
-        return 0;
-    if (handling >= FIRST_SKIP) {
-        self->fates[handling - FIRST_SKIP + FIRST_NAMED]++;
-        return 1;
-    }
-    if (http && is(found.details, "internal_redirect", 17)) {
-        self->fates[INTERNAL_REDIRECT]++;
-        return 1;
-    }
-    int skipped = from->tests ? skips(self, from, &found) : 0;
-    if (skipped) {
-        if (skipped > 0)
-            self->fates[skipped]++;
-        return skipped > 0 ? 1 : -1;
-    }
-    uint64_t body_in = found.body_in, body_out = found.body_out, wire_in = found.wire_in, wire_out = found.wire_out;
-    int upgraded = found.status == SWITCHED
-        || (found.method == CONNECT && found.status >= 200 && found.status < 300);
-    if (!http) {
-        upgraded = handling == TCP_END;
-        if (upgraded) {
-            wire_in = body_in;
-            wire_out = body_out;
-        }
-    }
-    if ((wire_in | wire_out | body_in | body_out) >= MAX_BYTES)
-        return 0;
-    /* When: a row that does not say how long its stream was open is left to the careful path. */
-    if (!found.has_duration || found.start_s > MAX_START_SECONDS || found.open_s > MAX_DURATION_NS / NS_PER_SECOND)
-        return 0;
-    uint64_t start_ns = found.start_s * NS_PER_SECOND + found.start_ns;
-    uint64_t open_ns = found.open_s * NS_PER_SECOND + found.open_ns;
-    if (open_ns > MAX_DURATION_NS || open_ns >= self->finished_below_ns)
-        return 0;
-    uint64_t at_ns = start_ns ? start_ns + open_ns : now_ms * NS_PER_MS;
-    int future = at_ns > (now_ms + self->skew_ms) * NS_PER_MS;
-    int past = !future && now_ms > self->horizon_ms && at_ns < (now_ms - self->horizon_ms) * NS_PER_MS;
-    uint64_t at_ms = future || past ? now_ms : at_ns / NS_PER_MS;
-    if (at_ms / self->window_ms > UINT32_MAX)
-        return 0;
-    uint64_t amounts[QUANTITIES] = {
-        handling == HTTP_END, wire_in, wire_out, body_in, body_out, open_ns, upgraded ? open_ns : 0, 0,
-    };
-    int done = put(self, &found, (uint16_t)(from - self->sources), (uint32_t)(at_ms / self->window_ms), amounts);
-    if (done > 0) {
-        self->fates[COUNTED]++;
-        self->notes[NO_START_TIME] += !start_ns;
-        self->notes[FUTURE] += (uint64_t)future;
-        self->notes[PAST_HORIZON] += (uint64_t)past;
-    }
+    int done = book(self, from, &found, http, now_ms);
+    from->ended += done > 0 && http && found.type == DOWNSTREAM_END;
     return done;
 }

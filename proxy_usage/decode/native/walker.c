@@ -168,6 +168,7 @@ static PyObject *walker_source(walker *self, PyObject *arguments)
     memcpy(fresh->handling[0], PyBytes_AS_STRING(tcp), MAX_TYPES);
     fresh->constants = Py_NewRef(constants);
     fresh->tests = tests;
+    fresh->ended = 0;
     return PyLong_FromUnsignedLong(self->source_count++);
 }
 
@@ -235,13 +236,22 @@ static PyObject *numbers(const uint64_t *from, Py_ssize_t count)
 static PyObject *walker_take(walker *self, PyObject *Py_UNUSED(none))
 {
     PyObject *fates = numbers(self->fates, MAX_FATES), *notes = numbers(self->notes, NOTES);
+    PyObject *ended = PyList_New(self->source_count);
+    for (uint32_t index = 0; ended != NULL && index < self->source_count; index++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(self->sources[index].ended);
+        if (number == NULL)
+            Py_CLEAR(ended);
+        else
+            PyList_SET_ITEM(ended, index, number);
+    }
     rows *given = PyObject_New(rows, &rows_type);
     table *fresh = table_new(1 + self->columns);
     if (given != NULL)
         given->sums = NULL;
-    if (fates == NULL || notes == NULL || given == NULL || fresh == NULL) {
+    if (fates == NULL || notes == NULL || ended == NULL || given == NULL || fresh == NULL) {
         Py_XDECREF(fates);
         Py_XDECREF(notes);
+        Py_XDECREF(ended);
         Py_XDECREF((PyObject *)given);
         table_free(fresh);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
@@ -256,7 +266,7 @@ static PyObject *walker_take(walker *self, PyObject *Py_UNUSED(none))
     forget_sources(self);
     memset(self->fates, 0, sizeof self->fates);
     memset(self->notes, 0, sizeof self->notes);
-    return Py_BuildValue("NNN", given, fates, notes);
+    return Py_BuildValue("NNNN", given, fates, notes, ended);
 }
 
 static PyObject *walker_rows(walker *self, void *Py_UNUSED(none)) { return PyLong_FromUnsignedLong(self->sums->rows); }

@@ -1,0 +1,151 @@
+"""``proxy-usage audit``: what Envoys sent and nobody received, per node, now and over any time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
+from proxy_usage.cli.show import Cell, emit, moment, safe, table
+from proxy_usage.errors import UsageError
+
+if TYPE_CHECKING:
+    from proxy_usage.config import Config
+
+WATCH_S = 2.0
+_SHOWN = (
+    *("written", "dropped", "flushed", "received", "missing", "missing_http", "missing_tcp"),
+    *("crash_lost", "at_least", "at_most"),
+)
+_ESTIMATE = ("requests", "bytes_in", "bytes_out")
+
+
+def audit(
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="Of hours that begin at or after it.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="Of hours that begin before it.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Answer with CSV, a line for each node.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what Envoys sent and no sink received, per node.
+
+    Without times, the running service says what it knows of the last day. With times, RFC 3339, the store
+    says what was found, also without a service; what is not decided yet is not in it. Exit code 0 if every
+    node is complete, 1 if not.
+    """
+    loaded = load_config(config)
+    if watch and (from_ or to or as_csv):
+        raise UsageError("--watch shows the present", hint="leave out --from, --to and --csv")
+    if from_ is not None or to is not None:
+        answer = _past(loaded, _time("--from", from_, 0), _time("--to", to, 1 << 62))
+    else:
+        answer = _present(loaded)
+        while watch:
+            _show(answer, as_json=as_json, as_csv=False, clear=True)
+            time.sleep(WATCH_S)
+            answer = _present(loaded)
+    _show(answer, as_json=as_json, as_csv=as_csv)
+    if any(node["state"] != "complete" for node in answer["nodes"]):
+        raise typer.Exit(1)
+
+
+def _time(option: str, text: str | None, otherwise: int) -> int:
+    from proxy_usage.config.units import parse_instant
+
+    if text is None:
+        return otherwise
+    try:
+        return parse_instant(text)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
+        ) from None
+
+
+def _present(loaded: Config) -> dict[str, Any]:
+    """What the running service says."""
+    from proxy_usage.control import call, socket_path
+
+    answer = call(socket_path(loaded.store.path), "audit")
+    assert isinstance(answer, dict)
+    return answer
+
+
+def _past(loaded: Config, from_ms: int, to_ms: int) -> dict[str, Any]:
+    """What the store has of a time: by node, and each hour apart."""
+    from msgspec.structs import asdict
+
+    from proxy_usage.completeness import state
+    from proxy_usage.figures import Figures
+    from proxy_usage.store.reader import Reader
+
+    if to_ms <= from_ms:
+        raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")
+    with Reader(loaded.store.path) as reader:
+        hours = reader.audit_hours(from_ms, to_ms)
+    sums: dict[str, Figures] = {}
+    for hour in hours:
+        sums.setdefault(hour.node, Figures()).add(hour.figures)
+    nodes = []
+    for node, figures in sorted(sums.items()):
+        told, reason = state(figures, None, stale=False)
+        least = figures.missing + figures.at_least
+        bounds = {"at_least": least, "at_most": None if figures.unknown else least}
+        nodes.append({"node": node, "state": told, "reason": reason, **asdict(figures), **bounds})
+    each = [{"hour_ms": hour.hour_ms, "node": hour.node, **asdict(hour.figures)} for hour in hours]
+    return {"from_ms": from_ms, "to_ms": to_ms, "nodes": nodes, "hours": each}
+
+
+def _show(answer: Mapping[str, Any], *, as_json: bool, as_csv: bool, clear: bool = False) -> None:
+    if as_json:
+        emit(answer)
+        return
+    nodes = answer["nodes"]
+    if as_csv:
+        _print_csv(nodes)
+        return
+    if clear:
+        print("\033[2J\033[H", end="")
+    if answer.get("at_ms"):
+        print(f"as of {moment(answer['at_ms'])}, of the last day; {len(answer.get('sinks', ()))} sinks asked")
+    for url in answer.get("away", ()):
+        print(f"does not answer: {safe(url)}")
+    table([_row(node) for node in nodes], empty="nothing was audited: audit.envoys names whom to ask")
+    lost = [node for node in nodes if any(node[name] for name in _ESTIMATE)]
+    if lost:
+        print()
+        print("estimate of what was not billed, from Envoy's own counters:")
+        table(
+            {"node": safe(node["node"]), **{name.replace("_", " "): node[name] for name in _ESTIMATE}}
+            for node in lost
+        )
+    for node in nodes:
+        if node["reason"]:
+            print(f"{safe(node['node'])}: {safe(node['reason'])}")
+
+
+def _row(node: Mapping[str, Any]) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"node": safe(node["node"]), "state": node["state"]}
+    row |= {name.replace("_", " "): node[name] for name in _SHOWN[:-1]}
+    most = node["at_most"]
+    row["at most"] = "unknown" if most is None else str(most)
+    return {**row, "from": moment(node["from_ms"] or None)}
+
+
+def _print_csv(nodes: list[Mapping[str, Any]]) -> None:
+    import csv
+    import sys
+
+    names = ("node", "state", "from_ms", "to_ms", *_SHOWN, "unknown", *_ESTIMATE)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(names)
+    for node in nodes:
+        writer.writerow(["" if node[name] is None else node[name] for name in names])
