@@ -78,6 +78,11 @@ def socket_path(store: Path) -> Path:
     return store.with_name(store.name + ".sock")
 
 
+def supervisor_socket(store: Path) -> Path:
+    """Where the supervisor of several workers listens, by the store of worker 0."""
+    return store.with_name(store.name + ".supervisor.sock")
+
+
 class ControlServer:
     """Listens on ``path`` and answers each request by its verb's handler.
 

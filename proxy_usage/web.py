@@ -81,7 +81,7 @@ class Exposition(Protocol):
 class Page(Protocol):
     """What the operator's page shows."""
 
-    def state(self, *, tenants: bool) -> bytes:
+    def state(self, *, tenants: bool) -> bytes | Awaitable[bytes]:
         """One JSON document. ``tenants``: it may name them."""
         ...
 
@@ -240,8 +240,9 @@ class Web:
     async def _state(self, request: web.Request) -> web.Response:
         assert self._page is not None, "the route is there with the page alone"
         named = self._tenants and (self.token is not None or _local(request))
+        made = self._page.state(tenants=named)
         response = web.Response(
-            body=self._page.state(tenants=named),
+            body=made if isinstance(made, bytes) else await made,
             content_type="application/json",
             headers={"Cache-Control": "no-store"},
         )

@@ -36,9 +36,13 @@ def status(
     loaded = load_config(config)
     if watch:
         from proxy_usage.cli.watch import watch as keep_watching
-        from proxy_usage.control import socket_path
+        from proxy_usage.control import socket_path, supervisor_socket
 
-        keep_watching(socket_path(loaded.store.path), interval_s=interval, as_json=as_json)
+        # The supervisor first: the file may say one worker, and several run since before it did.
+        sockets = [supervisor_socket(loaded.store.path)]
+        if loaded.workers == 1:
+            sockets.append(socket_path(loaded.store.path))
+        keep_watching(sockets, interval_s=interval, as_json=as_json)
         return
     with opened(loaded) as stores:
         each = stores.each(lambda reader: (reader.status(), reader.conservation()))

@@ -28,8 +28,9 @@ HOME, REST_OF_LINE, REST = "\x1b[H", "\x1b[K", "\x1b[J"
 Document = dict[str, Any]
 
 
-def watch(socket: Path, *, interval_s: int, as_json: bool) -> None:
-    """Asks the running service every ``interval_s`` seconds until Ctrl-C or SIGTERM.
+def watch(sockets: Sequence[Path], *, interval_s: int, as_json: bool) -> None:
+    """Asks the running service every ``interval_s`` seconds until Ctrl-C or SIGTERM: whoever listens on the
+    first of the sockets that anybody listens on.
 
     On a terminal the same screen is drawn over and over, and its last state stays when it ends. Elsewhere
     there is a line each time; with ``as_json`` the whole document.
@@ -43,7 +44,7 @@ def watch(socket: Path, *, interval_s: int, as_json: bool) -> None:
         sys.stdout.write(ENTER)
     try:
         while True:
-            now, trouble = _ask(socket)
+            now, trouble = _ask(sockets)
             if now is not None:
                 last, asked_s = now, time.monotonic()
             silent_s = int(time.monotonic() - asked_s)
@@ -63,15 +64,21 @@ def watch(socket: Path, *, interval_s: int, as_json: bool) -> None:
                 print("\n".join(screen(last, "", 0)))
 
 
-def _ask(socket: Path) -> tuple[Document | None, str]:
-    from proxy_usage.control import call
+def _ask(sockets: Sequence[Path]) -> tuple[Document | None, str]:
+    from proxy_usage.control import NotRunning, call
     from proxy_usage.errors import ProxyUsageError
 
-    try:
-        answer = call(socket, "page")
-    except ProxyUsageError as error:
-        return None, error.message
-    return (answer, "") if isinstance(answer, dict) else (None, "the service gave no answer")
+    trouble = ""
+    for socket in sockets:
+        try:
+            answer = call(socket, "page")
+        except NotRunning as error:
+            trouble = error.message
+            continue
+        except ProxyUsageError as error:
+            return None, error.message
+        return (answer, "") if isinstance(answer, dict) else (None, "the service gave no answer")
+    return None, trouble
 
 
 def _draw(lines: Sequence[str]) -> None:

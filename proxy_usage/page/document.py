@@ -7,9 +7,10 @@ from operator import attrgetter
 from typing import Any
 
 from proxy_usage.page.names import name, octets
-from proxy_usage.page.problems import DEAD, FAILING, LIFE, Level, Problem, command, held_advice, problems
+from proxy_usage.page.problems import DEAD, FAILING, LIFE, Level, Problem, command, held_advice
 from proxy_usage.page.ring import STEP_MS, History
 from proxy_usage.page.snapshot import NodeFigures, OutputFigures, Snapshot
+from proxy_usage.page.workers import found_problems
 from proxy_usage.store.week import HOUR_MS
 
 FORMAT = 1
@@ -31,7 +32,7 @@ def document(now: Snapshot, *, tenants: bool) -> Json:
     Args:
         tenants: whether tenants, and values that may name one, may be shown to who asks.
     """
-    found = problems(now)
+    found = found_problems(now)
     shown = found[:PROBLEMS]
     return {
         "format": FORMAT,
@@ -214,7 +215,7 @@ def _tenants(now: Snapshot) -> Json | None:
                 "meter": one.meter,
                 "unit": one.unit,
                 "first": [[name(tenant), value] for tenant, value in one.first[:TENANTS]],
-                "rest": one.rest,
+                "rest": one.rest + sum(value for _, value in one.first[TENANTS:]),
                 "tenants": one.tenants,
             }
             for one in now.tenants.meters

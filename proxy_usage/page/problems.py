@@ -7,7 +7,7 @@ that of the README's table of reasons and of docs/runbook.md, whose section is n
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,6 +49,8 @@ class Problem:
     command: str = ""
     private: bool = False
     """``detail`` may name a tenant."""
+    waiting: int | None = None
+    """The events that ``lost`` says are waiting; None: it does not."""
 
 
 PAUSED = {
@@ -115,10 +117,24 @@ def held_advice(reason: str) -> tuple[str, str]:
 
 
 def problems(now: Snapshot) -> tuple[Problem, ...]:
-    """All of them: first whether it starts or stops, then the worst before the others."""
-    found = [*_life(now), *_store(now), *_outputs(now), *_losses(now), *_stuck(now), *_surroundings(now)]
+    """All of them of one process, in order."""
+    return in_order([*of_process(now), *of_usage(now)])
+
+
+def in_order(found: Iterable[Problem]) -> tuple[Problem, ...]:
+    """First whether it starts or stops, then the worst before the others."""
     order = list(Level)
     return tuple(sorted(found, key=lambda problem: (problem.key not in LIFE, order.index(problem.level))))
+
+
+def of_process(now: Snapshot) -> list[Problem]:
+    """What is wrong with one process, its store and its outputs: of several, with one of them."""
+    return [*_life(now), *_store(now), *_outputs(now), *_crash(now), *_surroundings(now)]
+
+
+def of_usage(now: Snapshot) -> list[Problem]:
+    """What is wrong with usage: of several processes, with their figures added up."""
+    return [*_missing(now), *_stuck(now)]
 
 
 def _life(now: Snapshot) -> Iterator[Problem]:
@@ -193,44 +209,52 @@ def _short(now: Snapshot) -> bool:
     return store.pressure != "none" or store.used * 100 >= store.room * FULL_PERCENT
 
 
+def waiting(count: int) -> str:
+    """What is lost where events only wait."""
+    return f"Nothing: {count:,} events wait, and go with the bytes they have."
+
+
 def _outputs(now: Snapshot) -> Iterator[Problem]:
     for output in now.outputs:
-        waiting = f"Nothing: {output.fates.get('pending', 0):,} events wait, and go with the bytes they have."
+        count = output.fates.get("pending", 0)
         shown = name(output.name)
         if output.paused is not None:
             yield Problem(
                 f"output {output.name}",
                 Level.FAILING,
                 f"Output {shown} is paused: {output.paused}",
-                waiting,
+                waiting(count),
                 f"{PAUSED.get(output.paused, _NOT_THE_ENDPOINT)} It is tried again and resumes by itself.",
                 "ProxyUsageOutputPaused",
                 since_ms=output.paused_ms,
                 detail=output.detail,
                 private=True,
+                waiting=count,
             )
         elif output.failures:
             yield Problem(
                 f"output {output.name}",
                 Level.FAILING if f"output {output.name} stalled" in now.reasons else Level.WARNING,
                 f"Output {shown} delivers nothing: {FAILING.get(output.outcome, output.outcome)}",
-                waiting,
+                waiting(count),
                 f"{_elsewhere(output)} It is tried again by itself (outputs.retry).",
                 "ProxyUsageDeliveryStalled",
                 detail=output.detail,
                 private=True,
+                waiting=count,
             )
         elif (stalled := now.reasons.get(f"output {output.name} stalled")) is not None:
             yield Problem(
                 f"output {output.name}",
                 Level.FAILING,
                 f"Output {shown} takes less than comes",
-                waiting,
+                waiting(count),
                 "If events are delivered, only too slowly, raise outputs.concurrency or outputs.batch; it"
                 " needs a restart.",
                 "ProxyUsageDeliveryStalled",
                 since_ms=output.oldest_ms,
                 detail=stalled,
+                waiting=count,
             )
 
 
@@ -240,7 +264,7 @@ def _elsewhere(output: OutputFigures) -> str:
     return f"See whether the endpoint runs and can be reached from here: {output.target or 'its url'}."
 
 
-def _losses(now: Snapshot) -> Iterator[Problem]:
+def _crash(now: Snapshot) -> Iterator[Problem]:
     if (now.crash_lost or now.crash_unknown) and now.now_ms - now.started_ms < DAY_MS:
         count = sum(now.crash_lost.values())
         unknown = f"{'and ' if count else ''}an unknown number of {now.crash_unknown} nodes"
@@ -257,6 +281,9 @@ def _losses(now: Snapshot) -> Iterator[Problem]:
                 f"{name(node)}: {rows:,}" for node, rows in sorted(now.crash_lost.items(), key=_most)[:10]
             ),
         )
+
+
+def _missing(now: Snapshot) -> Iterator[Problem]:
     for node in now.audit or ():
         if node.state == "missing":
             yield Problem(

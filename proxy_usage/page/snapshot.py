@@ -161,3 +161,18 @@ class Snapshot:
     week: WeekFigures | None = None
     since: Mapping[str, int] = field(default_factory=dict)
     """When a problem was first seen, by its key."""
+    workers: tuple[WorkerFigures, ...] = ()
+    """Those that it was added up of; empty: it is of one process."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFigures:
+    """One of several workers, as their supervisor knows it."""
+
+    number: int
+    said: Snapshot | None
+    """What it said last; None: nothing yet."""
+    silent: str = ""
+    """Why it does not answer; empty: it does."""
+    since_ms: int | None = None
+    """When it answered last; None: never."""

@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from proxy_usage.control import ask, socket_path
 from proxy_usage.errors import ProxyUsageError
+from proxy_usage.page.snapshot import Snapshot
 from proxy_usage.service.worker import Part
 
 log = structlog.get_logger()
@@ -35,6 +37,8 @@ class Patience:
     steady: float = 60.0
     """A process that lived for so long was well: the next wait is a first one."""
     answer: float = 5.0
+    page: float = 2.0
+    """For what the operator's page shows, which is asked for every few seconds."""
     hung: float = 300.0
     """A process that gave no answer for so long, having given some, is killed."""
 
@@ -66,6 +70,8 @@ class Child:
         """Exit code of the last process; negative: the signal that ended it."""
         self.reasons: Mapping[str, str] = {"starting": "it was not started yet"}
         """Why it is not ready; empty when it is."""
+        self.answered_ms: int | None = None
+        """When any process of it answered last, by the wall clock; None: never."""
         self.serving = asyncio.Event()
         """Set once any process of it has opened all its ports."""
         self._path, self._env, self._socket, self._on_end = path, env, socket_path(store), on_end
@@ -159,7 +165,7 @@ class Child:
             return
         if process is not self._process or not self.running or not isinstance(answer, dict):
             return
-        self._answered = time.monotonic()
+        self._answered, self.answered_ms = time.monotonic(), time.time_ns() // 1_000_000
         self.reasons = answer["reasons"]
         if "starting" not in self.reasons:
             self.serving.set()
@@ -170,21 +176,36 @@ class Child:
         log.error("worker is killed", number=self.part.number, reason=why)
         self.signal(signal.SIGKILL)
 
+    @property
+    def silent(self) -> str:
+        """Why its process does not answer; empty when it does."""
+        if self.running and self._answered:
+            return self.reasons.get("silent", "")
+        return next(iter(self.reasons.values()), "it ended")
+
     async def metrics(self) -> str | None:
         """Its /metrics; None when it does not answer."""
         text = await self.ask("metrics")
         return text if isinstance(text, str) else None
 
-    async def ask(self, verb: str) -> object:
-        """What its present process answers; None when it does not."""
+    async def snapshot(self) -> Snapshot | None:
+        """What an operator's page of it would be made of; None when it does not answer."""
+        said = await self.ask("page.snapshot", self._patience.page)
+        try:
+            return None if said is None else msgspec.convert(said, Snapshot)
+        except msgspec.ValidationError:  # of another version: it was started after an upgrade
+            return None
+
+    async def ask(self, verb: str, patience_s: float | None = None) -> object:
+        """What its present process answers; None when it does not, within ``Patience.answer`` by default."""
         process = self._process
         if not self.running:
             return None
         try:
-            answer = await ask(self._socket, verb, self._patience.answer)
+            said = await ask(self._socket, verb, patience_s or self._patience.answer)
         except ProxyUsageError:
             return None
-        return answer if process is self._process and self.running else None
+        return said if process is self._process and self.running else None
 
 
 def describe(code: int) -> str:

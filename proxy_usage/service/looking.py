@@ -22,7 +22,7 @@ from proxy_usage.errors import StoreError
 from proxy_usage.intake import by_node
 from proxy_usage.metrics import Metrics, by_label, total
 from proxy_usage.model import Cell
-from proxy_usage.page.document import document
+from proxy_usage.page.document import TENANTS, document
 from proxy_usage.page.problems import problems
 from proxy_usage.page.ring import STEP_MS, Ring
 from proxy_usage.page.snapshot import (
@@ -51,6 +51,8 @@ MINUTE_POINTS = 12
 """So many points of five seconds are the last minute."""
 FRESH_MS = 1_000
 """A document is made once in so long, however many ask for it."""
+TO_BE_ADDED_UP = 200
+"""Tenants of each meter that one of several workers names: who is among the first of all is among these."""
 
 Audit = Callable[[], Sequence[NodeAudit] | None]
 
@@ -165,11 +167,14 @@ class Lookout:
 
     def document(self, *, tenants: bool) -> dict[str, object]:
         """The document of this moment."""
+        return document(self.snapshot(TENANTS if tenants else 0), tenants=tenants)
+
+    def snapshot(self, tenants: int = TO_BE_ADDED_UP) -> Snapshot:
+        """This moment, with so many tenants of each meter where tenants may be named."""
         now = self._snapshot(self._clock_ms())
         self._notice(now)
-        named = self._named(now.now_ms) if tenants else None
-        whole = replace(now, history=self._ring.history(), tenants=named, since=self._since)
-        return document(whole, tenants=tenants)
+        named = self._named(now.now_ms, tenants) if tenants else None
+        return replace(now, history=self._ring.history(), tenants=named, since=self._since)
 
     def _snapshot(self, now_ms: int) -> Snapshot:
         """All but history and tenants, which take a while."""
@@ -236,12 +241,12 @@ class Lookout:
             path, measure.occupied, measure.used, measure.room, measure.limit, measure.reserve, pressure
         )
 
-    def _named(self, now_ms: int) -> TenantFigures | None:
+    def _named(self, now_ms: int, count: int) -> TenantFigures | None:
         if self._tops is None:
             return None
         found = []
         for index, meter in enumerate(self._parts.config().meter_list()):
-            top = self._tops.top(index, now_ms)
+            top = self._tops.top(index, now_ms, count)
             first = tuple((tenant, amount // meter.divisor) for tenant, amount in top.first)
             found.append(TopFigures(meter.name, meter.unit, first, top.rest // meter.divisor, top.tenants))
         return TenantFigures(max(self._tops.since_ms(now_ms), self._started_ms), tuple(found))

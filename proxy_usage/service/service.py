@@ -130,6 +130,7 @@ class Service:
                 health=self.health,
                 scrape=self._exposition,
                 page=lambda: self._lookout.document(tenants=self.config.listen.http_tenants),
+                snapshot=self._lookout.snapshot,
                 wake=self._wake,
             ).handlers(),
         )

@@ -1,10 +1,10 @@
 """Several workers on one port, and the process that looks after them.
 
     listen.grpc ══ SO_REUSEPORT ══▶ worker 0   usage.db            ┐ asked each second for its health,
-                              ╠═══▶ worker 1   usage.worker-1.db   ├ at each scrape for its metrics,
-                              ╚═══▶ worker 2   usage.worker-2.db   ┘ over its control socket
+                              ╠═══▶ worker 1   usage.worker-1.db   ├ when somebody looks for its metrics and
+                              ╚═══▶ worker 2   usage.worker-2.db   ┘ its page, over its control socket
     listen.streams ═══════════════▶ worker 0 alone
-    listen.http ──────────────────▶ the supervisor: /metrics of all as one, /healthz, /readyz, /api
+    listen.http ──────────────────▶ the supervisor: page and /metrics of all as one, /healthz, /readyz, /api
 
 The supervisor is a parent that holds no store and reads no row. Each worker is ``proxy-usage run`` with its
 part of the configuration (``config.workers``): a store, a lock, a control socket and counts of rows of its
@@ -39,13 +39,17 @@ from proxy_usage import __version__
 from proxy_usage.config import Config, load
 from proxy_usage.config.fields import split_address
 from proxy_usage.config.workers import worker_path
+from proxy_usage.control import ControlServer, supervisor_socket
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError
 from proxy_usage.metrics import SupervisorMetrics
+from proxy_usage.page.document import document
 from proxy_usage.receiver import reserve
+from proxy_usage.service.build import clock_ms
 from proxy_usage.service.children import Child, describe
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.merging import Merged
+from proxy_usage.service.overlooking import Overlook
 from proxy_usage.service.worker import Part
 from proxy_usage.web import Health, Web
 
@@ -76,6 +80,7 @@ class Supervisor:
 
     def __init__(self, path: Path, env: Mapping[str, str], config: Config, grpc: str) -> None:
         self._path, self._env, self._config, self._grpc = path, env, config, grpc
+        self._stop = asyncio.Event()
         self._merged = Merged(self._own)
         self._children = [
             Child(
@@ -87,15 +92,18 @@ class Supervisor:
             )
             for number in range(config.workers)
         ]
+        self._overlook = Overlook(config, path, self._children, self._stop.is_set, clock_ms)
         self._web = Web(
             *split_address(config.listen.http),
             metrics=self._merged,
             health=self.health,
             refresh=self._gather,
             token=self._token(config),
+            page=self._overlook,
+            tenants=config.listen.http_tenants,
             api={"/api/intake": self._intake, "/api/audit": partial(self._children[0].ask, "audit")},
         )
-        self._stop = asyncio.Event()
+        self._control = ControlServer(supervisor_socket(config.store.path), {"page": self._page})
         self._signals = 0
 
     async def run(self, *, restored: bool) -> int:
@@ -115,6 +123,7 @@ class Supervisor:
             for child in self._children:
                 child.kill()
             await asyncio.gather(looking, return_exceptions=True)
+            await self._control.close()
             await self._web.stop()
 
     async def _keep_all(self, own: Sequence[asyncio.Task[None]], *, restored: bool) -> int:
@@ -126,6 +135,7 @@ class Supervisor:
         await asyncio.wait([serving, stop, *kept], return_when=asyncio.FIRST_COMPLETED)
         serving.cancel()
         if first.serving.is_set() and not self._stop.is_set():
+            await self._listen()
             kept.extend(
                 asyncio.create_task(child.keep(restored=restored), name=f"worker {child.part.number}")
                 for child in others
@@ -149,6 +159,13 @@ class Supervisor:
         if not any(codes):
             log.info("all workers drained")
         return 1 if any(codes) else 0
+
+    async def _listen(self) -> None:
+        """Opens the control socket, once the store's directory is there and the store is our worker's."""
+        try:
+            await self._control.start()
+        except ProxyUsageError as error:  # usage is counted without it
+            log.error("status --watch finds nobody to ask", error=error.message)  # noqa: TRY400
 
     # --- told -------------------------------------------------------------------------------------------
 
@@ -191,6 +208,10 @@ class Supervisor:
             name = f"worker {child.part.number}"
             reasons.update((f"{name} {short}", text) for short, text in child.reasons.items())
         return Health(True, reasons)
+
+    async def _page(self, _arguments: dict[str, object]) -> object:
+        """What /api/state says, for ``status --watch``."""
+        return document(await self._overlook.snapshot(), tenants=self._config.listen.http_tenants)
 
     async def _gather(self) -> None:
         texts = await asyncio.gather(*(child.metrics() for child in self._children))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from proxy_usage.errors import UsageError
 from proxy_usage.metrics import Metrics
+from proxy_usage.page.snapshot import Snapshot
 from proxy_usage.recording import Recorder
 from proxy_usage.service.repairs import Repairs, Steps, texts
 from proxy_usage.store.thread import StoreThread
@@ -26,6 +27,7 @@ class Verbs:
         intake: what this sink received, for the audit of another.
         health, scrape: what /readyz and /metrics say, for a supervisor.
         page: what the operator's page shows.
+        snapshot: what it is made of, for a supervisor.
         wake: tells delivery that there is something to send.
     """
 
@@ -42,6 +44,7 @@ class Verbs:
         health: Callable[[], Health],
         scrape: Callable[[], bytes],
         page: Callable[[], Mapping[str, object]],
+        snapshot: Callable[[], Snapshot],
         wake: Callable[[], None],
     ) -> None:
         self._repairs = repairs
@@ -54,6 +57,7 @@ class Verbs:
         self._health_of = health
         self._scrape = scrape
         self._page_of = page
+        self._snapshot_of = snapshot
         self._wake = wake
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -67,6 +71,7 @@ class Verbs:
             "metrics": self._metrics_text,
             "outputs.retire": self._retire,
             "page": self._page,
+            "page.snapshot": self._snapshot,
             "record.start": self._record,
             "record.status": self._record_status,
             "record.stop": self._record_stop,
@@ -136,6 +141,9 @@ class Verbs:
 
     async def _page(self, _arguments: Arguments) -> object:
         return self._page_of()
+
+    async def _snapshot(self, _arguments: Arguments) -> object:
+        return self._snapshot_of()
 
 
 def _letters(arguments: Arguments) -> tuple[str | None, list[str], str | None]:

@@ -14,13 +14,15 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import aiohttp
 import grpc.aio
 import pytest
 import yaml
 from harness import STREAM_ACCESS_LOGS, AlsClient
-from program import DEADLINE_S, Sink, eventually, intake_rows
+from program import DEADLINE_S, PROGRAM, Sink, eventually, intake_rows
 from wire import DOWNSTREAM_END, DOWNSTREAM_PERIODIC, http_row, message
 
 from proxy_usage.config.workers import worker_path, worker_stores
@@ -30,6 +32,7 @@ from proxy_usage.demo.faults import Fault, Faults
 from proxy_usage.demo.listener import lease_port
 from proxy_usage.model import NS_PER_SECOND
 from proxy_usage.store.reader import Reader
+from proxy_usage.web import HEADERS
 
 pytestmark = pytest.mark.e2e
 
@@ -143,6 +146,44 @@ def take_lock(store: Path) -> int:
     return descriptor
 
 
+async def page_says(fleet: Fleet, *, dead: int | None = None) -> None:
+    """/api/state of the supervisor adds up all workers; of one that is dead, with what it said last."""
+    sink = fleet.sink
+    here = [store for number, store in enumerate(fleet.stores) if number != dead]
+    least = sum(sum(intake_rows(store).values()) for store in here) + (dead is not None)
+    silent = [] if dead is None else [f"Worker {dead} does not answer"]
+    said: dict[str, Any] = {}
+
+    async def whole() -> bool:
+        said.update(json.loads((await sink.get("/api/state"))[1]))
+        named = [one["title"] for one in said["problems"] if "does not answer" in one["title"]]
+        return least <= said["intake"]["read"] <= fleet.read() and named == silent
+
+    await eventually(whole, f"the page says {fleet.read()} and {silent}", why=lambda: (said, sink.said()))
+    assert [one["node"] for one in said["intake"]["nodes"]] == ["envoy-1"]
+    assert dict(said["settings"])["workers"] == str(len(fleet.stores))
+    assert dead is None or said["state"]["text"].startswith(silent[0])
+
+
+async def look_at_page(fleet: Fleet) -> None:
+    """The page of all workers in a browser, and in a terminal."""
+    await page_says(fleet)
+    url = f"http://127.0.0.1:{fleet.sink.http_port}/"
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        assert (answer.status, answer.content_type) == (200, "text/html")
+        assert HEADERS.items() <= dict(answer.headers).items()
+    words = ("status", "--config", str(fleet.sink.config), "--watch", "--json")
+    watching = await asyncio.create_subprocess_exec(*PROGRAM, *words, stdout=PIPE, limit=1 << 20)
+    try:
+        assert watching.stdout is not None
+        async with asyncio.timeout(DEADLINE_S):
+            said = json.loads(await watching.stdout.readline())
+        assert said["intake"]["read"] == fleet.read()
+    finally:
+        watching.kill()
+        await watching.wait()
+
+
 async def kill_one(fleet: Fleet, number: int) -> None:
     """Kills a worker while its store is kept from the next one, and looks at what is said of it."""
     sink = fleet.sink
@@ -163,6 +204,7 @@ async def kill_one(fleet: Fleet, number: int) -> None:
         assert metrics["ready"] == 0
         assert metrics['workers{state="down"}'] in (0, 1)  # it is started again and again
         assert metrics["entries_read_total"] >= before > 0
+        await page_says(fleet, dead=number)
         await fleet.send(LOSSY)  # the others go on
     finally:
         os.close(lock)
@@ -172,6 +214,7 @@ async def kill_one(fleet: Fleet, number: int) -> None:
 
     await eventually(ready, "the worker is there again", why=sink.said)
     assert (await sink.metrics())[f'worker_restarts_total{{worker="{number}"}}'] >= 1
+    await page_says(fleet)
 
 
 async def drained_under_load(fleet: Fleet) -> None:
@@ -227,6 +270,7 @@ async def test_workers_killed_fewer_and_more_with_exact_sums(tmp_path: Path) -> 
             assert fleet.read() == fleet.rows
             await eventually(fleet.told_all, "/metrics says what was read, of all together", why=sink.said)
             assert (await sink.metrics())['workers{state="up"}'] == 3
+            await look_at_page(fleet)
 
             # A second service on this port is refused, though the workers share it among themselves.
             stranger = Sink(tmp_path / "stranger", url=billing.url, settings={"workers": 2})
@@ -308,6 +352,7 @@ async def test_long_streams_meet_at_worker_0_and_signals_reach_all(tmp_path: Pat
         streams = lease_port()
         sink.document["listen"]["streams"] = f"127.0.0.1:{streams}"
         sink.document["envoy"] = {"flush_interval": "1s"}
+        sink.document["listen"]["http_tenants"] = True
         fleet = Fleet(sink)
         async with sink:
             await fleet.send_to_all()
@@ -353,6 +398,7 @@ async def test_long_streams_meet_at_worker_0_and_signals_reach_all(tmp_path: Pat
             assert workers_that(sink, "drained") == {1}
             await fleet.send(*TENANTS)
             await eventually(fleet.idle, "everything is settled", why=sink.said)
+            await page_names(fleet)
             assert await sink.stop() == 0
         fleet.check()
         assert fleet.lost() == 0
@@ -362,6 +408,19 @@ async def test_long_streams_meet_at_worker_0_and_signals_reach_all(tmp_path: Pat
             assert sums[tenant, INGRESS] == fleet.sums[tenant, INGRESS]
         skipped = [reader.status().rows.get("skipped", {}).get("misrouted", 0) for reader in fleet.readers()]
         assert sum(skipped) == misrouted
+
+
+async def page_names(fleet: Fleet) -> None:
+    """Tenants, to a reader on this machine alone."""
+    url = f"http://127.0.0.1:{fleet.sink.http_port}/api/state"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url, headers={"Host": "elsewhere.example"}) as answer:
+            assert (await answer.json())["tenants"] is None
+        async with session.get(url) as answer:
+            (requests, *_) = (await answer.json())["tenants"]["meters"]
+    named = dict(requests["first"])
+    assert set(TENANTS) <= set(named)
+    assert all(0 < named[tenant] <= fleet.sums[tenant, REQUESTS] for tenant in TENANTS)
 
 
 def workers_that(sink: Sink, text: str) -> set[int]:

@@ -19,7 +19,7 @@ from proxy_usage.service.children import Child, Patience
 from proxy_usage.service.worker import Part
 
 STAND_IN = """
-import asyncio, signal, sys
+import asyncio, json, signal, sys
 from pathlib import Path
 from proxy_usage.control import ControlServer, socket_path
 
@@ -35,10 +35,17 @@ async def health(arguments):
         await asyncio.sleep(3600)
     return {"alive": (place / "mode").read_text() != "dead", "reasons": {}}
 
+async def snapshot(arguments):
+    with (place / "asked").open("a") as asked:
+        asked.write("x")
+    if (place / "mode").read_text() == "hang":
+        await asyncio.sleep(3600)
+    return json.loads((place / "said").read_text())
+
 async def main():
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    server = ControlServer(socket_path(place / "usage.db"), {"health": health})
+    server = ControlServer(socket_path(place / "usage.db"), {"health": health, "page.snapshot": snapshot})
     await server.start()
     await stop.wait()
     await server.close()
@@ -51,12 +58,12 @@ PATIENCE = Patience(first_wait=0.01, last_wait=0.04, steady=3600, answer=0.5, hu
 class Kept:
     """A child that is kept and looked at, and the file that tells its processes what to do."""
 
-    def __init__(self, place: Path, mode: str, patience: Patience = PATIENCE) -> None:
+    def __init__(self, place: Path, mode: str, patience: Patience = PATIENCE, *, number: int = 1) -> None:
         self.place = place
         self.tell(mode)
         self.ended: list[int] = []
         self.child = Child(
-            Part(1, 2, "127.0.0.1:1"),
+            Part(number, 2, "127.0.0.1:1"),
             place,
             os.environ,
             place / "usage.db",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from made_store import MadeStore
 from test_page_document import CASES, NAMING, WELL, monstrous
 
 from proxy_usage.cli.watch import ENTER, LEAVE, line, screen, spark
-from proxy_usage.control import NotRunning, socket_path
+from proxy_usage.control import ControlServer, NotRunning, socket_path, supervisor_socket
 from proxy_usage.control import call as control
 from proxy_usage.page.document import document
 from proxy_usage.page.ring import History
@@ -158,6 +159,34 @@ def test_on_a_terminal_one_screen_is_drawn_over_and_put_away(
         shown = frame.replace("\x1b[K", "").replace("\x1b[J", "").splitlines()
         assert len(shown) <= 12
         assert all(len(one) < 60 for one in shown)
+
+
+async def test_of_several_workers_their_supervisor_is_asked(call: Caller) -> None:
+    """Also where the file says one worker by now: worker 0 would speak for itself alone."""
+
+    async def page(_arguments: dict[str, object]) -> object:
+        return document(NAMING, tenants=True)
+
+    async def worker_0(_arguments: dict[str, object]) -> object:
+        return document(WELL, tenants=True)
+
+    servers = [
+        ControlServer(supervisor_socket(call.store), {"page": page}),
+        ControlServer(socket_path(call.store), {"page": worker_0}),
+    ]
+    for server in servers:
+        await server.start()
+    words = program("status", call, "--watch", "--json")
+    watching = await asyncio.create_subprocess_exec(*words, stdout=subprocess.PIPE, limit=1 << 20)
+    try:
+        assert watching.stdout is not None
+        said = json.loads(await watching.stdout.readline())
+        assert said["unattributed"]["groups"][0]["rows"] == 5
+    finally:
+        watching.kill()
+        await watching.wait()
+        for server in servers:
+            await server.close()
 
 
 def test_without_a_service_it_says_so(call: Caller) -> None:
