@@ -40,7 +40,7 @@ setup: $(DEV)  ## create .venv with everything for development, exactly as locke
 	@echo "$(VENV) is ready."
 
 run: $(RUNNABLE)  ## the demonstration with a real Envoy; CONFIG=file: the sink alone
-	@$(PY) -m proxy_usage $(if $(CONFIG),run --config "$(CONFIG)",demo)
+	@$(PY) -m proxy_usage $(if $(CONFIG),run --config "$(CONFIG)",demo --story)
 
 check: lint types imports unit  ## lint, types, import contracts and unit tests: under 2 minutes
 

@@ -24,6 +24,9 @@ def demo(
         bool, typer.Option("--once", help="One wave; exit 0 if what was delivered equals it, else 1.")
     ] = False,
     fail: Annotated[bool, typer.Option("--fail", help="Let the billing endpoint fail for a while.")] = False,
+    story: Annotated[
+        bool, typer.Option("--story", help="A minute: the endpoint fails and heals, the sink is killed.")
+    ] = False,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Keep configuration, logs and store here.")
     ] = None,
@@ -41,6 +44,7 @@ def demo(
         duration_ms=None if duration is None else _milliseconds(duration),
         once=once,
         fail=fail,
+        acts=story,
         directory=directory,
         seed=seed,
     )

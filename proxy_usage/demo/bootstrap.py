@@ -47,6 +47,7 @@ class EnvoyOptions:
     """The owner of rows of long streams. Set: loggers are split by filters, which needs
     ``flush_interval_ms``."""
     listen: Address = ("127.0.0.1", 0)
+    admin: Address = ("127.0.0.1", 0)
     node_id: str = "demo-envoy"
     region: str = "local-1"
     buffer_flush_ms: int = 200
@@ -88,8 +89,7 @@ class EnvoyOptions:
 def bootstrap(options: EnvoyOptions) -> dict[str, Any]:
     """The whole Envoy bootstrap.
 
-    Its listeners are named ``http``, ``tls`` and as ``options.tcp`` names them; its admin port is chosen by
-    the kernel.
+    Its listeners are named ``http``, ``tls`` and as ``options.tcp`` names them.
     """
     clusters = [_upstream("app", [options.upstream]), _upstream("nobody", [])]
     if options.tcp_upstream is not None:
@@ -112,7 +112,7 @@ def bootstrap(options: EnvoyOptions) -> dict[str, Any]:
         listeners.append(_tls_listener(chains, options))
     return {
         "node": {"id": options.node_id, "cluster": "demo", "locality": {"region": options.region}},
-        "admin": {"address": _address(("127.0.0.1", 0))},
+        "admin": {"address": _address(options.admin)},
         "static_resources": {"listeners": listeners, "clusters": clusters},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def sink_config(
     token_file: Path | None = None,
     window_ms: int = 2000,
     grace_ms: int = 1000,
+    envoys: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A configuration for a demo: everything by default, except that windows are short enough to watch."""
     output: dict[str, Any] = {
@@ -43,7 +45,12 @@ def sink_config(
     if token_file is not None:
         output["token_file"] = str(token_file)
     return {
-        "listen": {"grpc": f"127.0.0.1:{grpc_port}", "http": f"127.0.0.1:{http_port}"},
+        "listen": {
+            "grpc": f"127.0.0.1:{grpc_port}",
+            "http": f"127.0.0.1:{http_port}",
+            "http_tenants": True,  # the page names them: they are nobody's customers
+        },
+        "audit": {"envoys": list(envoys), "interval": "1s", "settle": "500ms"},
         "windows": {"length": f"{window_ms}ms", "grace": f"{grace_ms}ms"},
         "store": {"path": str(directory / "usage.db")},
         "outputs": [output],
@@ -66,6 +73,7 @@ class SinkProcess:
         http_port: int = 0,
         window_ms: int = 2000,
         grace_ms: int = 1000,
+        envoys: Sequence[str] = (),
     ) -> None:
         self.grpc_port = lease_port(grpc_port)
         self.http_port = lease_port(http_port)
@@ -79,6 +87,7 @@ class SinkProcess:
             token_file=token_file,
             window_ms=window_ms,
             grace_ms=grace_ms,
+            envoys=envoys,
         )
         self._process: asyncio.subprocess.Process | None = None
 
@@ -124,6 +133,22 @@ class SinkProcess:
                 return answer.status == 200
         except aiohttp.ClientConnectionError:
             return False
+
+    async def kill(self) -> None:
+        """SIGKILL: what a crash looks like. ``start`` brings it back."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    async def audited(self, node: str) -> dict[str, Any]:
+        """What the audit says of an Envoy; empty while it, or the sink, says nothing."""
+        try:
+            async with aiohttp.ClientSession() as session, session.get(f"{self.base}/api/audit") as answer:
+                told = await answer.json() if answer.status == 200 else {}
+        except (aiohttp.ClientError, ValueError):
+            return {}
+        return next((one for one in told.get("nodes", ()) if one["node"] == node), {})
 
     def check(self) -> None:
         """Raises SinkError when it ended by itself."""

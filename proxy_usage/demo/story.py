@@ -12,23 +12,27 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from proxy_usage.demo.account import Account
+from proxy_usage.demo.acts import Act, Acts
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.bootstrap import EnvoyOptions, bootstrap
+from proxy_usage.demo.checks import METERS
 from proxy_usage.demo.compare import AccessLog, differences, lines, plain, table
 from proxy_usage.demo.envoy import EnvoyProcess, envoy_command
 from proxy_usage.demo.faults import Fault, Faults
 from proxy_usage.demo.listener import lease_port
 from proxy_usage.demo.sink import SinkProcess
 from proxy_usage.demo.traffic import mixed
-from proxy_usage.demo.truth import Tenant, Truth, tenants
+from proxy_usage.demo.truth import NO_ROUTE, Count, Tenant, Truth, tenants
 from proxy_usage.demo.upstream import Upstream
 from proxy_usage.errors import ProxyUsageError, UsageError
 
@@ -36,11 +40,13 @@ QUIET_S = 20
 """How long nothing may arrive, after the last row was flushed, until the wait for it ends."""
 PAUSE_S = 1
 """Between waves."""
+ACTS_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
 class StoryOptions:
-    """What the demo does. ``duration_ms`` None: until Ctrl-C. ``once``: one wave, then compare and end."""
+    """What the demo does. ``duration_ms`` None: until Ctrl-C; with ``acts`` for ``ACTS_MS``. ``once``: one
+    wave, then compare and end."""
 
     tenants: int = 3
     requests: int = 300
@@ -48,6 +54,8 @@ class StoryOptions:
     duration_ms: int | None = None
     once: bool = False
     fail: bool = False
+    acts: bool = False
+    """The endpoint fails and heals, the sink is killed and comes back; at the end all counts side by side."""
     directory: Path | None = None
     """Where configurations, logs and the store stay; None: a temporary directory."""
     seed: int = 1
@@ -106,6 +114,7 @@ class Story:
         async with contextlib.AsyncExitStack() as parts:
             billing = await parts.enter_async_context(BillingStandIn(token=token_file.read_text()))
             upstream = await parts.enter_async_context(Upstream())
+            admin_port = lease_port()  # known before Envoy starts, for the sink's audit
             sink = await parts.enter_async_context(
                 SinkProcess(
                     directory,
@@ -113,6 +122,7 @@ class Story:
                     token_file=token_file,
                     grpc_port=ports[0],
                     http_port=ports[1],
+                    envoys=[f"http://127.0.0.1:{admin_port}"],
                 )
             )
             options = EnvoyOptions(
@@ -120,6 +130,7 @@ class Story:
                 upstream=("127.0.0.1", upstream.port),
                 als=[("127.0.0.1", sink.grpc_port)],
                 listen=("127.0.0.1", lease_port(ports[2]) if ports[2] else 0),
+                admin=("127.0.0.1", admin_port),
                 access_log=directory / "access.jsonl",
             )
             envoy = await parts.enter_async_context(
@@ -127,7 +138,10 @@ class Story:
             )
             self._introduce(directory, billing, sink, envoy)
             with self._showing(billing, log):
+                if self.options.acts:
+                    await self._audited(sink, options.node_id, bool)
                 await self._waves(billing, sink, envoy, log, named)
+                audited = await self._asked(billing, sink, log, options.node_id)
                 self._say("traffic ended; draining Envoy, then the sink")
                 await envoy.drain()
                 await envoy.stop()
@@ -135,7 +149,7 @@ class Story:
                     billing.faults = Faults()
                 await self._settle(billing, sink, log)
                 status = await sink.stop()
-            return self._judge(billing, log, status, directory)
+            return self._judge(billing, log, status, directory, audited)
 
     async def _waves(
         self,
@@ -146,20 +160,22 @@ class Story:
         named: tuple[Tenant, ...],
     ) -> None:
         loop = asyncio.get_running_loop()
-        end = None if self.options.duration_ms is None else loop.time() + self.options.duration_ms / 1000
+        begun, duration_ms = loop.time(), self.options.duration_ms
+        if duration_ms is None and self.options.acts:
+            duration_ms = ACTS_MS
+        acts = Acts(duration_ms or 0, self._acts(billing, sink) if self.options.acts else ())
         wave = 0
-        while not self.stop.is_set() and (end is None or loop.time() < end):
+        while not self.stop.is_set():
+            elapsed_ms = int((loop.time() - begun) * 1_000)
+            if duration_ms is not None and elapsed_ms >= duration_ms:
+                return
             self._trouble(billing, wave)
-            await mixed(
-                "127.0.0.1",
-                envoy.port,
-                named,
-                requests=self.options.requests,
-                seed=self.options.seed + wave,
-                strays=self.options.requests // 100,
-                truth=self.truth,
-                stop=self.stop.is_set,
-            )
+            act = acts.due(elapsed_ms)
+            async with asyncio.TaskGroup() as group:
+                if act is not None:
+                    self._say(act.says)
+                    group.create_task(act.does())
+                group.create_task(self._wave(envoy, named, wave))
             wave += 1
             sink.check()
             self._progress(wave, billing, log)
@@ -167,6 +183,62 @@ class Story:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), PAUSE_S)
+
+    async def _wave(self, envoy: EnvoyProcess, named: tuple[Tenant, ...], wave: int) -> None:
+        await mixed(
+            "127.0.0.1",
+            envoy.port,
+            named,
+            requests=self.options.requests,
+            seed=self.options.seed + wave,
+            strays=self.options.requests // 100,
+            truth=self.truth,
+            stop=self.stop.is_set,
+        )
+
+    def _acts(self, billing: BillingStandIn, sink: SinkProcess) -> tuple[Act, ...]:
+        async def fail() -> None:
+            billing.faults = Faults(always=Fault.UNAVAILABLE)
+
+        async def heal() -> None:
+            billing.faults = Faults()
+
+        async def die() -> None:
+            await sink.kill()
+            await sink.start()
+            self._say("the sink is back, where it was last durable")
+
+        return (
+            Act(200, "the billing endpoint fails: 503 to everything. Events wait in the store", fail),
+            Act(400, "the billing endpoint is well again: what waited goes out, each once", heal),
+            Act(600, "the sink is killed (SIGKILL) while traffic goes on. Envoy keeps its rows", die),
+        )
+
+    async def _asked(
+        self, billing: BillingStandIn, sink: SinkProcess, log: AccessLog, node: str
+    ) -> Mapping[str, Any]:
+        """With acts: what the audit says in the end, once it has nothing open."""
+        if not self.options.acts:
+            return {}
+        billing.faults = Faults()
+        log.follow()
+        return await self._audited(sink, node, lambda audited: self._account(billing, audited).decided)
+
+    async def _audited(
+        self, sink: SinkProcess, node: str, enough: Callable[[Mapping[str, Any]], bool]
+    ) -> Mapping[str, Any]:
+        """What the audit says, as soon as it is enough, or after a while."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + QUIET_S
+        while not enough(audited := await sink.audited(node)) and loop.time() < until:
+            sink.check()
+            await asyncio.sleep(0.2)
+        return audited
+
+    def _account(self, billing: BillingStandIn, audited: Mapping[str, Any]) -> Account:
+        delivered = sum(value for (_, meter), value in billing.sums().items() if meter == METERS[0])
+        strays = self.truth.counts.get(NO_ROUTE, Count()).requests
+        return Account(self.truth.requests, strays, audited, delivered)
 
     def _trouble(self, billing: BillingStandIn, wave: int) -> None:
         """With ``fail``: a few waves of outage, a few of bad answers, then none. ``once``: bad answers."""
@@ -184,15 +256,31 @@ class Story:
             log.follow()
             if not differences(self.truth, billing.arrived, log.spent):
                 return
+            # What never arrived, or was lost with a killed sink, is waited for in vain: the audit counts it.
             if len(billing.arrived.stored) != seen:
                 seen, since = len(billing.arrived.stored), loop.time()
             sink.check()
             await asyncio.sleep(0.1)
 
-    def _judge(self, billing: BillingStandIn, log: AccessLog, status: int | None, directory: Path) -> int:
+    def _judge(
+        self,
+        billing: BillingStandIn,
+        log: AccessLog,
+        status: int | None,
+        directory: Path,
+        audited: Mapping[str, Any],
+    ) -> int:
         log.follow()
         self.console.print(table(lines(self.truth, billing.sums(), log.spent), "sent / delivered"))
-        wrong = differences(self.truth, billing.arrived, log.spent)
+        account = self._account(billing, audited)
+        wrong = []
+        if self.options.acts:
+            self.console.print(account.table())
+            wrong += account.differences()
+        if account.lost:
+            self._say(f"{account.lost} rows were lost, and the audit knows: no bill can have them")
+        else:
+            wrong += differences(self.truth, billing.arrived, log.spent)
         if status != 0:
             wrong.append(f"the sink ended with status {status}")
         for sentence in wrong[:20]:
@@ -221,6 +309,7 @@ class Story:
         self._say(f"Envoy            http://127.0.0.1:{envoy.port} (admin {envoy.admin_port})")
         self._say(f"  try            curl -H 'Host: {GUEST.host}' http://127.0.0.1:{envoy.port}/size/1000")
         self._say(f"sink, rows       127.0.0.1:{sink.grpc_port}")
+        self._say(f"operator's page  {sink.base}/")
         self._say(f"sink, metrics    {sink.base}/metrics, health {sink.base}/healthz and {sink.base}/readyz")
         self._say(f"billing stand-in {billing.base}/sums, faults: PUT {billing.base}/faults")
         self._say(f"files            {directory}")

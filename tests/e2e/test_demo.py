@@ -78,3 +78,32 @@ async def test_bad_arguments(tmp_path: Path) -> None:
     status, said = await demo("--once", "--dir", str(tmp_path))
     assert status == 2, said
     assert "is not empty" in said
+
+
+async def test_the_story_ends_with_all_counts_side_by_side(tmp_path: Path) -> None:
+    """The endpoint fails and heals, the sink is killed and comes back; the audit accounts for it all."""
+    status, said = await demo(
+        "--story", "--duration", "12s", "--requests", "150", "--dir", str(tmp_path / "demo")
+    )
+    assert status == 0, said
+    acts = [
+        "503 to everything",
+        "well again",
+        "SIGKILL",
+        "the sink is back",
+        "draining Envoy",
+        "counted by each",
+    ]
+    places = [said.index(words) for words in acts]
+    assert places == sorted(places)
+    counts = {
+        who: int(match[1].replace(",", ""))
+        for who in ("clients", "Envoy", "sink", "delivered", "audit")
+        if (match := re.search(rf"│ {who} +│ +([\d,]+) │", said))
+    }
+    assert len(counts) == 5, said
+    assert counts["clients"] == counts["Envoy"] > 300
+    assert counts["delivered"] == counts["audit"] > 300
+    if "rows were lost" not in said:  # nearly always
+        assert counts["sink"] == counts["clients"]
+        assert "equal: " in said

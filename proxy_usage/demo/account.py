@@ -1,0 +1,81 @@
+"""The four counts of a performance side by side: clients', Envoy's, the sink's and the endpoint's.
+
+    clients ── Envoy written ── flushed ── received ── counted ── delivered
+                      └ dropped     └ missing   └ crash_lost   └ skipped (no route)
+
+What is missing is the audit's own figure: whether the chain closes is for arithmetic to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Requests, as each party has counted them."""
+
+    clients: int
+    """Sent and answered, those without a route too."""
+    strays: int
+    """Of these, for a host that nobody owns: skipped, and billed to nobody."""
+    envoy: Mapping[str, Any]
+    """What the audit says of the Envoy (``/api/audit``); empty where it says nothing."""
+    delivered: int
+    """Billed, at the endpoint."""
+
+    def _of(self, *names: str) -> int:
+        return sum(int(self.envoy.get(name) or 0) for name in names)
+
+    @property
+    def written(self) -> int:
+        """Rows that Envoy had to log: those it had no room for are Envoy's own count, too."""
+        return self._of("written", "dropped")
+
+    @property
+    def received(self) -> int:
+        return self._of("received")
+
+    @property
+    def lost(self) -> int:
+        """What the audit says that nobody can be billed for."""
+        return self._of("dropped", "missing", "crash_lost")
+
+    @property
+    def decided(self) -> bool:
+        """Whether the audit has seen it all and leaves nothing open."""
+        open_ends = self._of("unknown", "under_way")
+        return self.written == self.clients and open_ends == 0 and bool(self.envoy)
+
+    def differences(self) -> list[str]:
+        """Where the chain does not close, a sentence each."""
+        wrong = []
+        if not self.decided:
+            wrong.append(
+                f"clients counted {self.clients} requests, Envoy {self.written}; "
+                f"the audit says {self.envoy.get('state', 'nothing')}"
+            )
+        expected = self.clients - self.strays - self.lost
+        if self.delivered != expected:
+            wrong.append(f"{expected} requests were to be billed, {self.delivered} were")
+        return wrong
+
+    def table(self) -> Table:
+        """One line a party."""
+        drawn = Table(title="the same requests, counted by each", title_justify="left")
+        drawn.add_column("who")
+        drawn.add_column("requests", justify="right")
+        drawn.add_column("")
+        for who, count, note in (
+            ("clients", self.clients, f"of these {self.strays} for a host that nobody owns"),
+            ("Envoy", self.written, f"of these {self._of('dropped')} dropped in its buffer"),
+            ("sink", self.received, f"{self._of('missing')} missing on the way"),
+            ("delivered", self.delivered, f"{self._of('crash_lost')} lost in a crash, {self.strays} skipped"),
+            ("audit", self._of("flushed") - self.lost - self.strays, str(self.envoy.get("state", "nothing"))),
+        ):
+            drawn.add_row(who, f"{count:,}", note)
+        return drawn
