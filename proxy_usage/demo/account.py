@@ -38,7 +38,8 @@ class Account:
 
     @property
     def received(self) -> int:
-        return self._of("received")
+        """Rows of requests that the sink read: those of connections are flushed, and not ``written``."""
+        return self._of("received") - (self._of("flushed") - self._of("written"))
 
     @property
     def lost(self) -> int:
@@ -75,7 +76,7 @@ class Account:
             ("Envoy", self.written, f"of these {self._of('dropped')} dropped in its buffer"),
             ("sink", self.received, f"{self._of('missing')} missing on the way"),
             ("delivered", self.delivered, f"{self._of('crash_lost')} lost in a crash, {self.strays} skipped"),
-            ("audit", self._of("flushed") - self.lost - self.strays, str(self.envoy.get("state", "nothing"))),
+            ("audit", self.written - self.lost - self.strays, str(self.envoy.get("state", "nothing"))),
         ):
             drawn.add_row(who, f"{count:,}", note)
         return drawn

@@ -106,4 +106,5 @@ async def test_the_story_ends_with_all_counts_side_by_side(tmp_path: Path) -> No
     assert counts["delivered"] == counts["audit"] > 300
     if "rows were lost" not in said:  # nearly always
         assert counts["sink"] == counts["clients"]
+        assert "complete" in said
         assert "equal: " in said
