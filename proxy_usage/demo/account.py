@@ -1,9 +1,10 @@
 """The four counts of a performance side by side: clients', Envoy's, the sink's and the endpoint's.
 
     clients ── Envoy written ── flushed ── received ── counted ── delivered
-                      └ dropped     └ missing   └ crash_lost   └ skipped (no route)
+                      └ dropped     └ missing   └ crash_lost, skipped
 
-What is missing is the audit's own figure: whether the chain closes is for arithmetic to say.
+What is missing is the audit's own figure, what is skipped the store's: whether the chain closes is for
+arithmetic to say.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Account:
     """Of these, for a host that nobody owns: skipped, and billed to nobody."""
     envoy: Mapping[str, Any]
     """What the audit says of the Envoy (``/api/audit``); empty where it says nothing."""
+    fates: Mapping[str, Mapping[str, int]]
+    """What became of all rows that the sink read, by fate and reason, those of connections too."""
     delivered: int
     """Billed, at the endpoint."""
 
@@ -38,12 +41,22 @@ class Account:
 
     @property
     def received(self) -> int:
-        """Rows of requests that the sink read: those of connections are flushed, and not ``written``."""
-        return self._of("received") - (self._of("flushed") - self._of("written"))
+        """Rows of requests that the sink read."""
+        return self._of("written") - self._of("missing_http")
+
+    @property
+    def counted(self) -> int:
+        """Rows that are to be billed: all that arrived, less what a crash lost and what is skipped."""
+        other = sum(sum(reasons.values()) for fate, reasons in self.fates.items() if fate != "counted")
+        return self._of("received") - self._of("crash_lost") - other
+
+    @property
+    def skipped(self) -> int:
+        return sum(rows for reason, rows in self.fates.get("skipped", {}).items() if reason != "listener")
 
     @property
     def lost(self) -> int:
-        """What the audit says that nobody can be billed for."""
+        """What the audit says that nobody can be billed for, rows of connections too."""
         return self._of("dropped", "missing", "crash_lost")
 
     @property
@@ -60,9 +73,8 @@ class Account:
                 f"clients counted {self.clients} requests, Envoy {self.written}; "
                 f"the audit says {self.envoy.get('state', 'nothing')}"
             )
-        expected = self.clients - self.strays - self.lost
-        if self.delivered != expected:
-            wrong.append(f"{expected} requests were to be billed, {self.delivered} were")
+        if self.delivered != self.counted:
+            wrong.append(f"{self.counted} requests were to be billed, {self.delivered} were")
         return wrong
 
     def table(self) -> Table:
@@ -71,12 +83,17 @@ class Account:
         drawn.add_column("who")
         drawn.add_column("requests", justify="right")
         drawn.add_column("")
+        crashed = self._of("crash_lost")
         for who, count, note in (
             ("clients", self.clients, f"of these {self.strays} for a host that nobody owns"),
             ("Envoy", self.written, f"of these {self._of('dropped')} dropped in its buffer"),
             ("sink", self.received, f"{self._of('missing')} missing on the way"),
-            ("delivered", self.delivered, f"{self._of('crash_lost')} lost in a crash, {self.strays} skipped"),
-            ("audit", self.written - self.lost - self.strays, str(self.envoy.get("state", "nothing"))),
+            (
+                "delivered",
+                self.delivered,
+                f"{crashed} lost in a crash, {self.skipped} skipped",
+            ),
+            ("audit", self.counted, str(self.envoy.get("state", "nothing"))),
         ):
             drawn.add_row(who, f"{count:,}", note)
         return drawn

@@ -17,7 +17,9 @@ class Act(NamedTuple):
     """Of the whole time."""
     says: str
     does: Callable[[], Coroutine[Any, Any, None]]
-    """Goes on while the next wave is sent."""
+    """Done before the next wave is sent."""
+    then: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Goes on while it is sent."""
 
 
 @dataclass(slots=True)

@@ -35,6 +35,7 @@ from proxy_usage.demo.traffic import mixed
 from proxy_usage.demo.truth import NO_ROUTE, Count, Tenant, Truth, tenants
 from proxy_usage.demo.upstream import Upstream
 from proxy_usage.errors import ProxyUsageError, UsageError
+from proxy_usage.store.reader import Reader
 
 QUIET_S = 20
 """How long nothing may arrive, after the last row was flushed, until the wait for it ends."""
@@ -171,10 +172,12 @@ class Story:
                 return
             self._trouble(billing, wave)
             act = acts.due(elapsed_ms)
+            if act is not None:
+                self._say(act.says)
+                await act.does()
             async with asyncio.TaskGroup() as group:
-                if act is not None:
-                    self._say(act.says)
-                    group.create_task(act.does())
+                if act is not None and act.then is not None:
+                    group.create_task(act.then())
                 group.create_task(self._wave(envoy, named, wave))
             wave += 1
             sink.check()
@@ -203,15 +206,19 @@ class Story:
         async def heal() -> None:
             billing.faults = Faults()
 
-        async def die() -> None:
-            await sink.kill()
+        async def come_back() -> None:
             await sink.start()
             self._say("the sink is back, where it was last durable")
 
         return (
             Act(200, "the billing endpoint fails: 503 to everything. Events wait in the store", fail),
             Act(400, "the billing endpoint is well again: what waited goes out, each once", heal),
-            Act(600, "the sink is killed (SIGKILL) while traffic goes on. Envoy keeps its rows", die),
+            Act(
+                600,
+                "the sink is killed (SIGKILL); traffic goes on, Envoy keeps its rows",
+                sink.kill,
+                come_back,
+            ),
         )
 
     async def _asked(
@@ -222,7 +229,7 @@ class Story:
             return {}
         billing.faults = Faults()
         log.follow()
-        return await self._audited(sink, node, lambda audited: self._account(billing, audited).decided)
+        return await self._audited(sink, node, lambda audited: self._account(billing, audited, {}).decided)
 
     async def _audited(
         self, sink: SinkProcess, node: str, enough: Callable[[Mapping[str, Any]], bool]
@@ -235,10 +242,12 @@ class Story:
             await asyncio.sleep(0.2)
         return audited
 
-    def _account(self, billing: BillingStandIn, audited: Mapping[str, Any]) -> Account:
+    def _account(
+        self, billing: BillingStandIn, audited: Mapping[str, Any], fates: Mapping[str, Mapping[str, int]]
+    ) -> Account:
         delivered = sum(value for (_, meter), value in billing.sums().items() if meter == METERS[0])
         strays = self.truth.counts.get(NO_ROUTE, Count()).requests
-        return Account(self.truth.requests, strays, audited, delivered)
+        return Account(self.truth.requests, strays, audited, fates, delivered)
 
     def _trouble(self, billing: BillingStandIn, wave: int) -> None:
         """With ``fail``: a few waves of outage, a few of bad answers, then none. ``once``: bad answers."""
@@ -272,8 +281,9 @@ class Story:
     ) -> int:
         log.follow()
         self.console.print(table(lines(self.truth, billing.sums(), log.spent), "sent / delivered"))
-        account = self._account(billing, audited)
         wrong = []
+        with Reader(directory / "usage.db") as reader:
+            account = self._account(billing, audited, reader.status().rows)
         if self.options.acts:
             self.console.print(account.table())
             wrong += account.differences()

@@ -12,7 +12,7 @@ import structlog
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
 from proxy_usage.metrics import Metrics
-from proxy_usage.model import Cell
+from proxy_usage.model import Cell, Event
 from proxy_usage.pipeline import Pipeline, next_step
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.observing import Observer
@@ -25,18 +25,23 @@ log = structlog.get_logger()
 SLICE = 1_000
 """Keys closed in one turn; more that are due follow in the next, without waiting."""
 SHARE = 9
-"""After a turn nothing is saved for so many times as long as it took."""
+"""After a turn nothing is saved for so many times as long as the processor worked on it."""
 MAX_PAUSE_S = 5.0
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
 
-def pause_s(interval_s: float, spent_s: float) -> float:
-    """How long no turn is taken after one that took ``spent_s``: they never take over a tenth of the time.
+def pause_s(interval_s: float, worked_s: float, lasted_s: float) -> float:
+    """How long no turn is taken after one: they never take over a tenth of a core, or half of a disk's time.
 
-    One that took very long waited for its disk and used no core: it must not keep the next from being saved.
+    What lasts is mostly waiting, for the disk and for streams that are read in between. It uses no core, and
+    must not keep the next turn from being saved for long.
+
+    Args:
+        worked_s: processor time of the turn.
+        lasted_s: from its begin to its end.
     """
-    return max(interval_s, min(MAX_PAUSE_S, SHARE * spent_s))
+    return max(interval_s, min(MAX_PAUSE_S, max(SHARE * worked_s, lasted_s)))
 
 
 class Turns:
@@ -87,6 +92,7 @@ class Turns:
         self._retry_s = RETRY_S
         self._slice = SLICE
         self._in_doubt: Turn | None = None
+        self._worked_ns = 0
 
     async def run(self) -> None:
         """Takes turns until ``stop``; then none is under way."""
@@ -94,10 +100,10 @@ class Turns:
             started_ns = time.perf_counter_ns()
             more = await self.turn()
             if not more:
-                # A turn that takes long is taken less often: never more than a tenth of the time.
-                spent_s = (time.perf_counter_ns() - started_ns) / 1e9
-                wait_s = self._retry_s if self.failure else pause_s(self._interval_s, spent_s)
-                await self._rest(wait_s)
+                lasted_s = (time.perf_counter_ns() - started_ns) / 1e9
+                pause = pause_s(self._interval_s, self._worked_ns / 1e9, lasted_s)
+                self._worked_ns = 0
+                await self._rest(self._retry_s if self.failure else pause)
 
     async def _rest(self, wait_s: float) -> None:
         """Waits, with housekeeping as long as there is more to do; ends early when that made room."""
@@ -164,7 +170,7 @@ class Turns:
             self._worked(now_ms)
             return False
         try:
-            events = await self._thread.run(self._checkpoints.commit, turn, self._mint, now_ms)
+            events = await self._thread.run(self._commit, turn, now_ms)
         except StoreError as error:
             self._in_doubt = turn
             self._failed(error)
@@ -184,11 +190,18 @@ class Turns:
     async def _begin(self, now_ms: int) -> Turn:
         """Makes a turn step by step: streams are read in between."""
         steps = self._pipeline.beginning(now_ms, limit=self._slice)
-        turn = next_step(steps)
+
+        def take() -> Turn | None:
+            begun_ns = time.thread_time_ns()
+            taken = next_step(steps)
+            self._worked_ns += time.thread_time_ns() - begun_ns
+            return taken
+
+        turn = take()
         try:
             while turn is None:
                 await asyncio.sleep(0)
-                turn = next_step(steps)
+                turn = take()
         except asyncio.CancelledError:
             # Half a turn is in nobody's hands: it is made whole and given back.
             while turn is None:
@@ -196,6 +209,14 @@ class Turns:
             self._pipeline.rollback(turn)
             raise
         return turn
+
+    def _commit(self, turn: Turn, now_ms: int) -> Sequence[Event]:
+        """On the store's thread."""
+        begun_ns = time.thread_time_ns()
+        try:
+            return self._checkpoints.commit(turn, self._mint, now_ms)
+        finally:
+            self._worked_ns += time.thread_time_ns() - begun_ns
 
     async def _resolve(self) -> bool:
         """Opens a broken store anew, and finds out whether a turn whose commit broke off took effect.
