@@ -126,6 +126,7 @@ def merge_backlog(sink: InnerSink) -> None:
     merger = Merger(sink.storage.database, sink.mint)
     while not merger.step(sink.now_ms).done:
         continue
+    sink.minted.update(sink.storage.database.db.execute("SELECT id, body FROM events"))
 
 
 def held_by(storage: Storage, config: Config) -> Books:
