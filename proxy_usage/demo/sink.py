@@ -34,7 +34,11 @@ def sink_config(
     grace_ms: int = 1000,
     envoys: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A configuration for a demo: everything by default, except that windows are short enough to watch."""
+    """A configuration for a demo: everything by default, except that windows are short enough to watch.
+
+    Args:
+        envoys: admin addresses of the Envoys to be audited.
+    """
     output: dict[str, Any] = {
         "name": "billing",
         "format": "billing",
@@ -44,17 +48,16 @@ def sink_config(
     }
     if token_file is not None:
         output["token_file"] = str(token_file)
-    return {
-        "listen": {
-            "grpc": f"127.0.0.1:{grpc_port}",
-            "http": f"127.0.0.1:{http_port}",
-            "http_tenants": True,  # the page names them: they are nobody's customers
-        },
-        "audit": {"envoys": list(envoys), "interval": "1s", "settle": "500ms"},
+    document: dict[str, Any] = {
+        "listen": {"grpc": f"127.0.0.1:{grpc_port}", "http": f"127.0.0.1:{http_port}"},
         "windows": {"length": f"{window_ms}ms", "grace": f"{grace_ms}ms"},
         "store": {"path": str(directory / "usage.db")},
         "outputs": [output],
     }
+    if envoys:
+        document["listen"]["http_tenants"] = True  # the page names them: they are nobody's customers
+        document["audit"] = {"envoys": list(envoys), "interval": "1s", "settle": "500ms"}
+    return document
 
 
 class SinkProcess:

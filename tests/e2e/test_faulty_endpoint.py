@@ -89,8 +89,8 @@ async def paused(world: World) -> str:
 
 
 async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:
-    # Small batches, so that there are many answers; a late one comes after the sink has given up on it.
-    output = {"batch": {"events": 2}, "timeout": "400ms"}
+    # Batches of one, so that there are many answers; a late one comes after the sink has given up on it.
+    output = {"batch": {"events": 1}, "timeout": "400ms"}
     async with World(tmp_path, tenants=4, output=output) as world:
         names = [tenant.name for tenant in world.tenants]
         kinds = (Fault.BUSY, Fault.UNAVAILABLE, Fault.REJECT, Fault.LOST, Fault.LATE)
