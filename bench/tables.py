@@ -45,7 +45,8 @@ def ordered(servers: Iterable[str]) -> list[str]:
 
 def ours(case: dict[str, Any]) -> str:
     """The sink that the others are compared with: with the compiled fold, where that was there."""
-    return min(name for name in case["servers"] if name.startswith("sink"))
+    servers: Iterable[str] = case["servers"]
+    return min(name for name in servers if name.startswith("sink"))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
