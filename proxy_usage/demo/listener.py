@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import ssl
+from collections import deque
 
 from aiohttp import web
 
@@ -50,8 +51,14 @@ class Listener:
             self._runner = None
 
 
+_leased: deque[int] = deque(maxlen=200)
+"""Ports that this process gave away lately."""
+
+
 def lease_port(preferred: int = 0, host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago, for a child process that must be told one: ``preferred`` if free.
+
+    None that was given lately is given again: who got it may not have bound it yet.
 
     Raises ListenError when none is. Searched below the ephemeral range, so that no outgoing connection
     takes it before the child binds it.
@@ -60,12 +67,15 @@ def lease_port(preferred: int = 0, host: str = "127.0.0.1") -> int:
     start = 20_000 + (_next_offset() * 7) % 12_000
     candidates += [20_000 + (start + step) % 12_000 for step in range(500)]
     for port in candidates:
+        if port != preferred and port in _leased:
+            continue
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind((host, port))
             except OSError:
                 continue
-            return port
+        _leased.append(port)
+        return port
     raise ListenError("no free port found", hint="end programs that listen on ports 20000-31999")
 
 

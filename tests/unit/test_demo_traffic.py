@@ -187,6 +187,12 @@ def test_leased_ports_are_free() -> None:
     assert lease_port(port) == port
 
 
+def test_ports_that_nobody_has_bound_yet_are_not_given_again() -> None:
+    """Two listeners of one process had the same one, once in some thousand starts."""
+    ports = [lease_port() for _ in range(150)]
+    assert len(set(ports)) == 150
+
+
 # ── sent against delivered ──
 
 
