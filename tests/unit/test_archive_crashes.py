@@ -188,10 +188,12 @@ def test_a_name_is_durable_before_what_is_written_under_it(
 WRITER = """
 import json, sys
 from pathlib import Path
+import structlog
 from proxy_usage.config.outputs import FileConfig
 from proxy_usage.delivery.archive import Archive
 from proxy_usage.store import Queued
 
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # as the program has it
 one, number = Archive(FileConfig(path=Path(sys.argv[1]), rotate_bytes=200_000)), int(sys.argv[2])
 while True:
     batch = []
@@ -240,6 +242,9 @@ def test_killed_again_and_again_it_has_each_event_once(tmp_path: Path) -> None:
         for line in rest.splitlines():
             if line.split()[1:2] == ["Settled"]:
                 number = int(line.split()[0])
+        if kill % 2:  # where the kill itself did not fall into a line
+            with (tmp_path / "usage.ndjson").open("ab") as file:
+                file.write(b'{"specversion":"1.0","id":"E')
     one = opened(tmp_path)
     last = events(*range(number, number + 40), size=1_000)
     assert one.append(last, NOON_MS) == settled(*range(number, number + 40))
