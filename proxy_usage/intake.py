@@ -11,7 +11,7 @@ answer is "unknown", not zero. So it is when file and store do not belong togeth
 both come from a backup.
 
 It is written, not mapped: touching a mapped page whose file system has failed can end the process with a
-signal (mmap(2), SIGBUS; not seen in the one try made here), and a write is an error like any other. (2.4 µs a
+signal (mmap(2), SIGBUS; not seen in the one try made here), and a write is an error like any other. (0.8 µs a
 message on ext4, against 0.1 µs mapped.)
 """
 
@@ -21,7 +21,6 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -38,6 +37,7 @@ LOGS = 16
 OTHERS = "(other nodes)"
 OTHER_LOGS = "(other logs)"
 SIZE = len(MAGIC) + SLOT * PLACES
+_PAGE = 4_096
 _COUNT = struct.Struct("<Q")
 _FIRST_MAGIC, _FIRST_SLOT = b"proxy-usage rows read 1\n".ljust(64, b"\0"), 256
 """Of the files that counted by node alone. What those say is kept as a log without a name."""
@@ -93,8 +93,9 @@ class Intake:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = self._open()
+        self._fd = self._file.fileno()
         self._found: dict[Source, int] = {}  # sources as Envoy names them, looked up before
-        known = list(_slots(os.pread(self._file.fileno(), SIZE, 0)))
+        known = list(_slots(os.pread(self._fd, SIZE, 0)))
         self._slots = {source: number for number, (source, _) in enumerate(known)}
         self._counts = [rows for _, rows in known]
         self._logs = Counter(source.node for source in self._slots)
@@ -106,7 +107,7 @@ class Intake:
                 # Written out, not made by truncation: a full disk is noticed here, not at a row. In place of
                 # a file of the first kind only when it is whole, for that one's counts are in no store yet.
                 fresh = path.with_name(path.name + ".new")
-                fresh.write_bytes(_packed(read_counts(path)))
+                _write_pages(fresh, _packed(read_counts(path)))
                 fresh.replace(path)
             return path.open("r+b", buffering=0)
         except OSError as error:
@@ -122,6 +123,7 @@ class Intake:
             StoreUnavailable: as the constructor; then the former file is kept.
         """
         self._file, former = self._open(), self._file
+        self._fd = self._file.fileno()
         former.close()
         for source, slot in self._slots.items():
             self._write(slot, source)
@@ -157,8 +159,10 @@ class Intake:
         """
         count = _COUNT.pack(self._counts[slot])
         content = count if source is None else count + _name(source)
-        with suppress(OSError):
-            os.pwrite(self._file.fileno(), content, len(MAGIC) + slot * SLOT)
+        try:  # noqa: SIM105 (once a message: suppress would cost as much as the write)
+            os.pwrite(self._fd, content, len(MAGIC) + slot * SLOT)
+        except OSError:
+            pass
 
     def counts(self) -> dict[Source, int]:
         """Rows read over the life of the store: what a checkpoint saves."""
@@ -225,6 +229,17 @@ def read_counts(path: Path) -> dict[Source, int]:
         return dict(_slots(content, _FIRST_SLOT))
     whole = len(content) == SIZE and content.startswith(MAGIC)
     return dict(_slots(content)) if whole else {}
+
+
+def _write_pages(path: Path, content: bytes) -> None:
+    """Writes a file page by page.
+
+    Linux caches what is written at once in pieces as large as the write (large folios), and ext4 looks
+    through all blocks of a piece at each later write: 8 bytes then cost 5 µs, in single pages 0.8 µs.
+    """
+    with path.open("wb", buffering=_PAGE) as file:
+        for start in range(0, len(content), _PAGE):
+            file.write(content[start : start + _PAGE])
 
 
 def _packed(counts: Mapping[Source, int]) -> bytes:

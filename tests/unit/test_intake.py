@@ -1,8 +1,10 @@
 """Rows read are known after a crash, to the row; and no node's name can break the count."""
 
+import io
 import struct
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from proxy_usage.intake import (
     OTHER_LOGS,
     OTHERS,
     PLACES,
+    SIZE,
     SLOT,
     TCP,
     Intake,
@@ -171,3 +174,24 @@ def test_any_name_is_counted_under_one_label_that_fits(
 def test_long_names_that_begin_alike_are_kept_apart() -> None:
     assert label("n" * 250 + "1") != label("n" * 250 + "2")
     assert label("a\0b") != label("a b")
+
+
+def test_the_file_is_made_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in one go it is cached in large pieces, and a count costs six times as much to write."""
+    sizes: list[int] = []
+    true_open = Path.open
+
+    class Watched(io.FileIO):
+        def write(self, data: Any) -> int | None:
+            sizes.append(len(memoryview(data)))
+            return super().write(data)
+
+    def opened(path: Path, mode: str = "r", buffering: int = -1) -> object:
+        if mode == "wb":
+            return io.BufferedWriter(Watched(path, mode), buffering)
+        return true_open(path, mode, buffering)
+
+    monkeypatch.setattr(Path, "open", opened)
+    Intake(tmp_path / "intake").close()
+    assert sum(sizes) == SIZE
+    assert max(sizes) <= 4_096
