@@ -182,7 +182,7 @@ def test_the_file_is_made_page_by_page(tmp_path: Path, monkeypatch: pytest.Monke
     true_open = Path.open
 
     class Watched(io.FileIO):
-        def write(self, data: Any) -> int | None:
+        def write(self, data: Any) -> int:
             sizes.append(len(memoryview(data)))
             return super().write(data)
 
