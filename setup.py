@@ -21,7 +21,7 @@ setup(
             sources=sorted(str(path) for path in (DECODE / "native").glob("*.c")),
             depends=sorted(str(path) for path in (DECODE / "native").glob("*.h")),
             define_macros=[("FOLD_DIGEST", f'"{digest(DECODE / "native")}"')],
-            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", *flags],
+            extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", *flags],
             extra_link_args=flags,
             optional=True,
         )

@@ -11,6 +11,7 @@ of counted rows are in ``counted``, and in exactly one of: an open window, an ev
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -380,9 +381,8 @@ class Pipeline:
         return observed
 
     def _count(self, amounts: Sequence[int]) -> None:
-        counted = self._pending.counted
-        for index, amount in enumerate(amounts):
-            counted[index] += amount
+        pending = self._pending
+        pending.counted = [*map(operator.add, pending.counted, amounts)]
 
     def _trace(self, key: Key, window_ms: int, identity: Identity, rows: int, now_ms: int) -> None:
         """Notes for whom, by which rule and on which node rows were counted."""

@@ -31,7 +31,10 @@ class Quota:
         if hour != self._hour or self._tracked >= MAX_TRACKED:
             self._hour, self._tracked = hour, 0
             self._seen.clear()
-        seen = self._seen.setdefault((identity.origin.peer, identity.origin.node_id), set())
+        place = identity.origin.peer, identity.origin.node_id
+        seen = self._seen.get(place)
+        if seen is None:
+            seen = self._seen[place] = set()
         digest = hash(identity)
         if digest in seen:
             return True

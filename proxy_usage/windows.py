@@ -24,6 +24,7 @@ The life of one cell (a key in a window), clock passed in, nothing awaited:
 from __future__ import annotations
 
 import heapq
+import operator
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -167,10 +168,12 @@ class Windows:
         """
         if not self._admit(key.tenant, now_ms):
             return False
-        first = True
+        if max(amounts) <= CELL_LIMIT:
+            self._add(key, window_ms, rows, amounts, now_ms)
+            return True
         for part in _parts(amounts):
-            self._add(key, window_ms, rows if first else 0, part, now_ms)
-            first = False
+            self._add(key, window_ms, rows, part, now_ms)
+            rows = 0
         return True
 
     def _add(self, key: Key, window_ms: int, rows: int, amounts: Sequence[int], now_ms: int) -> None:
@@ -181,9 +184,7 @@ class Windows:
         if cut is not None and cell.id in cut.cells:
             cut.pack(cell)  # as it was at the cut
         cell.rows += rows
-        have = cell.amounts
-        for index, more in enumerate(amounts):
-            have[index] += more
+        cell.amounts = [*map(operator.add, cell.amounts, amounts)]
         self._changed[cell.id] = cell
         if cell.late:
             self.late_rows += rows
@@ -191,9 +192,7 @@ class Windows:
     def _with_room(self, key: Key, window_ms: int, amounts: Sequence[int]) -> _Open | None:
         """The open cell that takes these amounts; one that would pass the limit is retired."""
         cell = self._open.get((window_ms, key))
-        if cell is not None and any(
-            have + more > CELL_LIMIT for have, more in zip(cell.amounts, amounts, strict=True)
-        ):
+        if cell is not None and max(map(operator.add, cell.amounts, amounts)) > CELL_LIMIT:
             del self._open[window_ms, key]  # it closes when due, a successor takes over
             return None
         return cell
@@ -358,7 +357,7 @@ def _spare() -> tuple[dict[int, _Open], list[tuple[int, ...]], list[_Open], list
 
 
 def _parts(amounts: Sequence[int]) -> Iterable[Sequence[int]]:
-    """Splits amounts so that none passes ``CELL_LIMIT``. Nearly always that is the amounts themselves."""
+    """Splits amounts so that none passes ``CELL_LIMIT``."""
     rest = list(amounts)
     while max(rest) > CELL_LIMIT:
         yield [min(value, CELL_LIMIT) for value in rest]

@@ -51,9 +51,17 @@ class Split(NamedTuple):
 
 def parts(raw: bytes) -> Iterator[Split]:
     """The message in pieces that each may be folded without a pause. Never raises."""
-    if CHOICE.native is not None:
-        return _scanned(CHOICE.native, raw)
-    return protobuf_parts(raw)
+    native = CHOICE.native
+    if native is None:
+        return protobuf_parts(raw)
+    size = len(raw)
+    if size > WHOLE_BYTES:
+        return _scanned(native, raw)
+    entries, http, *_, state = native.scan(raw, 0, _ELSE, size, size + 1, size + 1)
+    if state != _END:
+        return protobuf_parts(raw)
+    whole = Split(entries, http)
+    return iter((whole,)) if len(entries) <= PART_ROWS else _pieces(whole)
 
 
 def protobuf_parts(raw: bytes) -> Iterator[Split]:
@@ -64,13 +72,8 @@ def protobuf_parts(raw: bytes) -> Iterator[Split]:
 
 
 def _scanned(native: Any, raw: bytes) -> Iterator[Split]:
-    """The same with the extension, as far as the message is plain."""
-    size = len(raw)
-    if size <= WHOLE_BYTES:
-        entries, http, *_, state = native.scan(raw, 0, _ELSE, size, size + 1, size + 1)
-        yield from _pieces(Split(entries, http)) if state == _END else protobuf_parts(raw)
-        return
-    pos, inside, stop, state = 0, _ELSE, size, _MORE
+    """A large message with the extension, as far as it is plain."""
+    pos, inside, stop, state = 0, _ELSE, len(raw), _MORE
     while state == _MORE:
         entries, http, pos, inside, stop, state = native.scan(raw, pos, inside, stop, SLICE_BYTES, PART_ROWS)
         if state == _MORE or len(entries):

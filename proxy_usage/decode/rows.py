@@ -124,10 +124,9 @@ class Drained:
 
     def add(self, identity: Identity, window_ms: int, totals: list[int]) -> None:
         """Adds ``[rows, *amounts]``: identities of several hosts may be the same."""
-        known = self.totals.get((identity, window_ms))
-        if known is not None:
-            totals = [a + b for a, b in zip(known, totals, strict=True)]
-        self.totals[identity, window_ms] = totals
+        known = self.totals.setdefault((identity, window_ms), totals)
+        if known is not totals:
+            known[:] = [a + b for a, b in zip(known, totals, strict=True)]
 
 
 class Handling(NamedTuple):

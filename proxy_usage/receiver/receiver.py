@@ -28,6 +28,7 @@ from proxy_usage.receiver.credentials import Credentials, TlsFiles
 from proxy_usage.receiver.health import PortHealth
 from proxy_usage.receiver.port import ReceiverLimits, check_free, options
 from proxy_usage.receiver.room import FIRST_MESSAGE, MEMORY, Room
+from proxy_usage.receiver.scheduling import giving_way
 
 log = structlog.get_logger()
 
@@ -141,6 +142,7 @@ class Receiver:
         self._streams: set[_Stream] = set()
         self._since_ms: dict[Connection, int] = {}  # when a connection's first stream began
         self._arrivals = Arrivals(port)
+        self._messages = self._bytes = 0  # read since the metrics were told
         self.guard: asyncio.Task[None] | None = None
         """Holds senders to their bounds while the port is open."""
         self._health = PortHealth(self._asked)
@@ -152,7 +154,8 @@ class Receiver:
         Raises:
             ListenError: the address cannot be bound; says why.
         """
-        server = grpc.aio.server(options=options(self._limits))
+        with giving_way():  # gRPC starts its threads here
+            server = grpc.aio.server(options=options(self._limits))
         handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(self._stream)
         server.add_generic_rpc_handlers(
             (
@@ -218,6 +221,7 @@ class Receiver:
     async def _look_on(self) -> None:
         while True:
             await asyncio.sleep(CLOSE_LOOK_S if self._room.needs_close_look else LOOK_S)
+            self._tell()
             self._metrics.connections.set(self._room.connections)
             received = self._arrivals.received(self._since_ms.keys())
             for doomed in self._room.look(received):
@@ -229,6 +233,12 @@ class Receiver:
                 if self._since_ms[stream.connection] < before_ms:
                     stream.end_soon(self._clock_ms())
             self._end_quiet()
+
+    def _tell(self) -> None:
+        """Tells the metrics what was read. Theirs is a lock for each figure: too dear for every message."""
+        self._metrics.messages.inc(self._messages)
+        self._metrics.received_bytes.inc(self._bytes)
+        self._messages = self._bytes = 0
 
     def _end_quiet(self) -> None:
         now_ms = self._clock_ms()
@@ -282,6 +292,7 @@ class Receiver:
         self._room.opened(stream.connection, received, asks=stream.asks)
 
     def _closed(self, stream: _Stream) -> None:
+        self._tell()
         self._streams.discard(stream)
         self._metrics.streams.dec(not stream.asks)
         self._room.closed(stream.connection, asks=stream.asks)
@@ -312,11 +323,15 @@ class Receiver:
                     stream.gap_ms = now_ms - stream.read_ms
                 stream.messages += 1
                 stream.read_ms = now_ms
-                self._metrics.messages.inc()
-                self._metrics.received_bytes.inc(len(raw))
+                self._messages += 1
+                self._bytes += len(raw)
                 self._room.took(stream.connection, len(raw))
                 self._tap(number, origin, raw, now_ms)
-                await self._take(origin, parts(raw), stream)
+                rest = parts(raw)
+                if (first := next(rest, None)) is not None:
+                    self._sink(origin, first, now_ms)
+                if (second := next(rest, None)) is not None:
+                    await self._take(origin, itertools.chain((second,), rest), stream)
                 if stream.ending_ms is not None or self._draining:
                     return
                 raw = b""  # or it would be held until the next one is whole
@@ -365,12 +380,11 @@ class Receiver:
             return None
 
     async def _take(self, origin: Origin, rest: Iterator[Split], stream: _Stream) -> None:
-        """A message, piece by piece: the other streams are read in between."""
+        """The rest of a message, piece by piece: before each, the other streams are read."""
         try:
-            for number, part in enumerate(rest):
-                if number:
-                    await asyncio.sleep(0)
-                    stream.read_ms = self._clock_ms()
+            for part in rest:
+                await asyncio.sleep(0)
+                stream.read_ms = self._clock_ms()
                 self._sink(origin, part, stream.read_ms)
         except asyncio.CancelledError:
             self._sink(origin, part, self._clock_ms())

@@ -1,6 +1,7 @@
 """Verbs beside a running service: started, asked, told to replay, and stopped as a person would."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_a_running_service_has_loaded_nothing_of_the_command_line(
     assert loaded & {"typer", "pygments", "shellingham", "envoy_data_plane", "betterproto2"} == set()
     # The attempt to load rich is listed, too.
     assert not any(module.startswith(("proxy_usage.cli", "rich.")) for module in modules)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")
+def test_the_threads_of_grpc_interrupt_nobody_and_the_event_loop_is_as_prompt_as_ever(
+    service: "subprocess.Popen[bytes]",
+) -> None:
+    policies = {
+        int(task.name): (os.sched_getscheduler(int(task.name)), (task / "comm").read_text().strip())
+        for task in Path(f"/proc/{service.pid}/task").iterdir()
+    }
+    assert policies.pop(service.pid)[0] == os.SCHED_OTHER  # the event loop
+    grpc = [policy for policy, name in policies.values() if name.startswith(("event_engine", "lifeguard"))]
+    assert grpc
+    assert set(grpc) == {os.SCHED_BATCH}
+    ours = [policy for policy, name in policies.values() if name.startswith("python")]
+    # Who hands messages to the loop is gRPC's, too; the store's thread was started when it was done.
+    assert set(ours) == {os.SCHED_BATCH, os.SCHED_OTHER}
 
 
 @pytest.mark.parametrize(
