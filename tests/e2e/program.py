@@ -136,7 +136,12 @@ class Sink:
                 return (await self.get(path))[0] == 200
             return False
 
-        await eventually(serves, f"{path} says 200", why=self.said)
+        try:
+            await eventually(serves, f"{path} says 200", why=self.said)
+        except AssertionError:
+            self.send_signal(signal.SIGABRT)  # its log says where each of its threads was
+            await process.wait()
+            raise AssertionError(f"{path} never said 200:\n{self.log.read_text()[-8_000:]}") from None
 
     async def run(self) -> Ended:
         """Starts it where it must end by itself, and waits for that."""
@@ -154,7 +159,7 @@ class Sink:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
             )
         return self._process
 
