@@ -99,7 +99,7 @@ class OurSink(Server):
         url: str,
         *,
         name: str = "sink",
-        window_ms: int = 5_000,
+        window_ms: int = 60_000,
         tenants: int = 1_000,
         fold: str | None = None,
     ) -> None:

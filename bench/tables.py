@@ -24,6 +24,7 @@ _NAMES = {
     "sink": "proxy-usage",
     "fold": "decode and fold behind a bare receiver",
     "receive": "grpc.aio with our options, discards",
+    "receive-giving-way": "grpc.aio with our options and scheduling, discards",
     "receive-defaults": "grpc.aio with its own options, discards",
     "naive": "grpc.aio, envoy-data-plane, a dict",
     "cpp": "C++: grpc++, full schema",
@@ -82,7 +83,19 @@ def case_text(case: dict[str, Any]) -> str:
             ]
         )
     head = ["sink", "µs a message", "µs an entry", "entries/s a core", "MiB", "× proxy-usage, by round"]
-    return table(head, rows)
+    return table(head, rows) + _between(servers)
+
+
+def _between(servers: dict[str, Any]) -> str:
+    """What our sinks cost with all that they did between their rounds."""
+    whole = [
+        f"{one['us_entry_whole'][0]:,.2f} µs an entry ({title(name)})"
+        for name, one in sorted(servers.items())
+        if "us_entry_whole" in one
+    ]
+    if not whole:
+        return ""
+    return f"\nWith all that it did between its rounds, while others had theirs: {', '.join(whole)}.\n"
 
 
 def headline(results: dict[str, Any]) -> str:

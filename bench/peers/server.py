@@ -1,10 +1,11 @@
-"""Sinks in Python to compare with. One process, one of four kinds:
+"""Sinks in Python to compare with. One process, one of these kinds:
 
     python -m bench.peers.server KIND PORT WINDOW_MS
 
 - ``receive``: grpc.aio with our receiver's options; reads and discards.
-- ``receive-defaults``: the same with gRPC's own options, whose memory grows with the senders.
-- ``fold``: ``receive``, and our decode and fold behind it, drained into windows; no store, no delivery.
+- ``receive-defaults``: ``receive`` with gRPC's own options, whose memory grows with the senders.
+- ``receive-giving-way``: ``receive``, and gRPC's threads scheduled as our receiver has them.
+- ``fold``: the latter, and our decode and fold behind it, drained into windows; no store, no delivery.
 - ``naive``: what one writes first: grpc.aio, envoy-data-plane, a dict for each window.
 
 Prints "ready" when it listens and, after SIGTERM, one JSON object with what it counted.
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,6 +186,7 @@ class Folds:
 
 KINDS: dict[str, Callable[[Windows], Peer]] = {
     "receive": Discards,
+    "receive-giving-way": Discards,
     "receive-defaults": Discards,
     "fold": Folds,
     "naive": Naive,
@@ -195,12 +198,16 @@ async def serve(kind: str, port: int, window_ms: int) -> None:
     windows = Windows(window_ms)
     peer = KINDS[kind](windows)
     options: list[tuple[str, int]] = [("grpc.max_receive_message_length", 64 << 20)]
-    if kind in ("receive", "fold"):
+    scheduling: AbstractContextManager[None] = nullcontext()
+    if kind != "naive" and kind != "receive-defaults":
         from proxy_usage.receiver.port import ReceiverLimits
         from proxy_usage.receiver.port import options as ours
 
         options = ours(ReceiverLimits())
+    if kind in ("receive-giving-way", "fold"):
+        from proxy_usage.receiver.scheduling import giving_way
 
+        scheduling = giving_way()
     if kind == "fold":
         gc.collect()
         gc.freeze()  # as the service does
@@ -211,7 +218,8 @@ async def serve(kind: str, port: int, window_ms: int) -> None:
             peer.take(raw, state)
         return b""
 
-    server = grpc.aio.server(options=options)
+    with scheduling:
+        server = grpc.aio.server(options=options)
     handler: Any = grpc.stream_unary_rpc_method_handler(stream)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(METHOD[0], {METHOD[1]: handler}),))
     server.add_insecure_port(f"127.0.0.1:{port}")
