@@ -17,7 +17,7 @@ from typing import Any
 
 from proxy_usage.als.v1 import als_pb2 as als
 from proxy_usage.decode.contract import Fold
-from proxy_usage.decode.fold import MAX_HELD_BYTES, SUMS, ProtobufFold
+from proxy_usage.decode.fold import MAX_HELD_BYTES, ProtobufFold
 from proxy_usage.decode.framing import Split
 from proxy_usage.decode.rows import (
     DRAIN_ROWS,
@@ -32,7 +32,9 @@ from proxy_usage.decode.rows import (
     full_match,
     handlings,
 )
+from proxy_usage.decode.sums import SUMS
 from proxy_usage.decode.timing import finished_below_ns
+from proxy_usage.decode.values import constant
 from proxy_usage.model import Field, FieldKind, FoldPlan, Identity, Origin
 
 # As native/walker.h and native/row.h have them.
@@ -203,7 +205,7 @@ class CompiledFold(Fold):
         number: int = self._walker.source(
             self._handlings(origin, http=True),
             self._handlings(origin, http=False),
-            tuple(_constant(field, origin, paths) for field in self._fields),
+            tuple(constant(field, origin, paths) for field in self._fields),
             sum(1 << index for index, test in enumerate(self._skip) if test.meets_origin(origin)),
         )
         return number
@@ -273,9 +275,3 @@ def _keys(field: Field) -> tuple[bytes, ...]:
     if field.kind not in _KEYED:
         return ()
     return tuple(als.Entry(key=part.encode()).SerializeToString() for part in field.path)
-
-
-def _constant(field: Field, origin: Origin, node_paths: Sequence[tuple[str, ...]]) -> bytes:
-    if field.kind is FieldKind.NODE:
-        return origin.node[node_paths.index(field.path)].encode()
-    return field.path[0].encode() if field.kind is FieldKind.LITERAL else b""
