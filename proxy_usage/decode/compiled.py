@@ -18,7 +18,7 @@ from typing import Any
 from proxy_usage.als.v1 import als_pb2 as als
 from proxy_usage.decode.contract import Fold
 from proxy_usage.decode.fold import MAX_HELD_BYTES, ProtobufFold
-from proxy_usage.decode.framing import Split
+from proxy_usage.decode.framing import OpenRows, Split, open_row
 from proxy_usage.decode.rows import (
     DRAIN_ROWS,
     FLAGS,
@@ -188,7 +188,8 @@ class CompiledFold(Fold):
 
     def entries(self, origin: Origin, split: Split, now_ms: int) -> int:
         """Folds a part of a message and returns how many rows it had. Never raises on its bytes."""
-        entries = split.entries
+        # The walker knows its own sequence and lists.
+        entries = list(split.entries) if isinstance(split.entries, OpenRows) else split.entries
         if self._walker is None or not 0 <= now_ms <= _MAX_NOW_MS:
             return self._careful.entries(origin, split, now_ms)
         source = self._sources.get(origin)
@@ -196,7 +197,8 @@ class CompiledFold(Fold):
             source = self._sources[origin] = self._source(origin)
         odd = self._walker.fold(source, entries, split.http, now_ms)
         if odd is not None or split.damaged:
-            rows = ((number, entries[number]) for number in odd or ())
+            http = split.http
+            rows = ((number, open_row(entries[number], http=number < http)) for number in odd or ())
             self._careful.some(origin, split, rows, now_ms)
         return len(entries)
 

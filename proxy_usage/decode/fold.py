@@ -12,9 +12,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError as ProtobufError
 
-from proxy_usage.als.v1 import als_pb2 as als
 from proxy_usage.decode.contract import Fold
-from proxy_usage.decode.framing import Split
+from proxy_usage.decode.framing import Split, open_rows
 from proxy_usage.decode.identities import Identities
 from proxy_usage.decode.rows import (
     COUNTED,
@@ -109,31 +108,33 @@ class ProtobufFold(Fold):
 
     def entries(self, origin: Origin, split: Split, now_ms: int) -> int:
         """Folds a part of a message and returns how many rows it had. Never raises on its bytes."""
-        entries = split.entries
-        if self._sighting:  # each row is one, besides its sums
-            self.some(origin, split, enumerate(entries), now_ms)
-            return len(entries)
-        self._timing.present(now_ms)
-        source = self._sums.sources.get(origin) or self._source(origin)
-        odd = self._straight.fold(source, split, self._sums, self._fates, self._timing.credible)
-        self._rows_read += len(entries) - len(odd)
+        rows = open_rows(split)
+        odd: Iterable[int] = range(len(rows))
+        if not self._sighting:  # else each row is one, besides its sums
+            source = self._sums.sources.get(origin) or self._source(origin)
+            self._timing.present(now_ms)
+            odd = self._straight.fold(
+                source, rows, split.http, self._sums, self._fates, self._timing.credible
+            )
+            self._rows_read += len(rows) - len(odd)
         if odd or split.damaged:
-            self.some(origin, split, ((number, entries[number]) for number in odd), now_ms)
-        return len(entries)
+            self.some(origin, split, ((number, rows[number]) for number in odd), now_ms)
+        return len(rows)
 
-    def some(self, origin: Origin, split: Split, rows: Iterable[tuple[int, bytes]], now_ms: int) -> None:
-        """Folds these rows of a part, each with its place in it, and notes the part's damage."""
+    def some(self, origin: Origin, split: Split, rows: Iterable[tuple[int, Any]], now_ms: int) -> None:
+        """Folds these rows of a part, opened (None: malformed), each with its place in it, and notes the
+        part's damage."""
         source = self._sums.sources.get(origin) or self._source(origin)
         self._now_ms = now_ms
         self._timing.present(now_ms)
         fates = self._fates
-        for number, raw in rows:
+        for number, row in rows:
             try:
-                fate = self._http(source, raw) if number < split.http else self._tcp(source, raw)
+                fate = self._fate(source, row, http=number < split.http)
             except Invalid as error:
-                fate = self._invalid(origin, str(error), number, raw)
+                fate = self._invalid(origin, str(error), number, split)
             except ProtobufError:
-                fate = self._invalid(origin, "malformed", number, raw)
+                fate = self._invalid(origin, "malformed", number, split)
             fates[fate] += 1
             self._rows_read += 1
         if split.damaged:
@@ -150,7 +151,7 @@ class ProtobufFold(Fold):
             long_rows=self._long_rows,
             connection_rows=self._connection_rows,
             sightings=self._sightings,
-            fates=dict(self._fates),
+            fates={fate: rows for fate, rows in self._fates.items() if rows},
             notes=notes,
             complaints=self._complaints,
         )
@@ -186,8 +187,12 @@ class ProtobufFold(Fold):
         )
         return source
 
-    def _http(self, source: Source, raw: bytes) -> Fate:
-        row = als.HttpRow.FromString(raw)
+    def _fate(self, source: Source, row: Any, *, http: bool) -> Fate:
+        if row is None:
+            raise Invalid("malformed")
+        return self._http(source, row) if http else self._tcp(source, row)
+
+    def _http(self, source: Source, row: Any) -> Fate:
         common, request, response = row.common_properties, row.request, row.response
         source.ended += common.access_log_type == END
         handling = source.http.get(common.access_log_type) or self._unknown(source, common)
@@ -207,8 +212,7 @@ class ProtobufFold(Fold):
         )
         return self._book(source, handling, common, request, sizes, upgraded=upgraded(request, response))
 
-    def _tcp(self, source: Source, raw: bytes) -> Fate:
-        row = als.TcpRow.FromString(raw)
+    def _tcp(self, source: Source, row: Any) -> Fate:
         common, connection = row.common_properties, row.connection_properties
         handling = source.tcp.get(common.access_log_type) or self._unknown(source, common)
         if handling.untyped and common.intermediate_log_entry:
@@ -303,8 +307,10 @@ class ProtobufFold(Fold):
             self._complain(source.origin, f"rows of access log type {number}, which is unknown, are skipped")
         return _UNKNOWN_TYPE
 
-    def _invalid(self, origin: Origin, reason: str, number: int, raw: bytes) -> Fate:
-        self._complain(origin, f"invalid row ({reason}): row {number} of its part, {len(raw)} bytes")
+    def _invalid(self, origin: Origin, reason: str, number: int, split: Split) -> Fate:
+        if len(self._complaints) < _MAX_COMPLAINTS:
+            size = len(split.entries[number])
+            self._complain(origin, f"invalid row ({reason}): row {number} of its part, {size} bytes")
         return RowFate.INVALID, reason
 
     def _complain(self, origin: Origin, what: str) -> None:

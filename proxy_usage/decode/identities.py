@@ -42,8 +42,8 @@ class Identities:
     def of(self, fields: Fields, row: Any, *, routed: bool) -> Whose:
         """Whose a row is; ``row`` is what ``fields`` read, and whatever they raise is raised."""
         rule, value = self._tenant_value(fields.rules, row)
-        values = [read(row) for read in fields.dimensions]
-        return rule, value, tuple([b"" if value == NO_VALUE else value for value in values]), routed
+        dimensions = [b"" if (text := read(row)) == NO_VALUE else text for read in fields.dimensions]
+        return rule, value, tuple(dimensions), routed
 
     def _tenant_value(self, rules: tuple[tuple[int, Reader], ...], row: Any) -> tuple[int, bytes]:
         """The first rule that takes its field's value, and that; else the first value and its ``~rule``."""

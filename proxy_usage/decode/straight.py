@@ -14,14 +14,13 @@ for each combination. What is remembered is bounded; what is not remembered is w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 from google.protobuf.message import DecodeError as ProtobufError
 
 from proxy_usage.als.v1 import als_pb2 as als
-from proxy_usage.decode.framing import Split
 from proxy_usage.decode.identities import MAX_TEXT_BYTES, Fields, Identities
 from proxy_usage.decode.rows import COUNTED, END, REDIRECT, TCP_END, EnvoySettings, Fate, Handling, upgraded
 from proxy_usage.decode.sums import Cell, Source, Sums, Texts
@@ -75,8 +74,11 @@ class Straight:
         # The texts of a row: its cluster if it has no route, its route, the plan's tags, and what else the
         # plan's fields are read from.
         self._places = {field: place for place, field in enumerate((_ROUTE, *tags, *others), start=1)}
-        self._tags = {field.path[0].encode(): self._places[field] for field in tags}
-        self._begins = tuple({start for tag in self._tags for start in key_begins(tag)})
+        self._tags: dict[bytes, tuple[int, tuple[bytes, ...]]] = {}
+        for field in tags:
+            tag = field.path[0].encode()
+            self._tags[tag] = self._places[field], key_begins(tag)
+        self._begins = tuple({start for _, begins in self._tags.values() for start in begins})
         self._others = tuple(_raw(field) for field in others)
         self._opened: dict[bytes, tuple[int, bytes]] = {}
 
@@ -97,27 +99,30 @@ class Straight:
     def fold(
         self,
         source: Source,
-        split: Split,
+        rows: Sequence[Any],
+        http: int,
         sums: Sums,
         fates: defaultdict[Fate, int],
         credible: tuple[int, int],
     ) -> list[int]:
         """Books the straight rows of a part. Returns the places of the others, of which it has done nothing.
 
-        ``credible`` are the earliest and the latest moment in ns that rows may be of.
+        ``rows`` are opened, the first ``http`` of them HTTP rows; malformed ones are None. ``credible`` are
+        the earliest and the latest moment in ns that rows may be of.
         """
         odd: list[int] = []
-        open_http, open_tcp, http = als.HttpRow.FromString, als.TcpRow.FromString, split.http
         opened, begins, others = self._opened.get, self._begins, self._others
         no_texts = [b""] * (2 + len(self._tags))
         below_ns, more = self._below_ns, self._bodies or self._upgrades
         from_ns = until_ns = window_ms = 0  # the window of the row before
         seen: dict[Texts, Cell] = {}
         counted = ended = 0
-        for number, raw in enumerate(split.entries):
+        for number, row in enumerate(rows):
+            if row is None:
+                odd.append(number)
+                continue
             try:
                 if number < http:
-                    row = open_http(raw)
                     common, request, response = row.common_properties, row.request, row.response
                     wire_in, wire_out = (
                         common.downstream_wire_bytes_received,
@@ -126,7 +131,6 @@ class Straight:
                     body_in, body_out = request.request_body_bytes, response.response_body_bytes
                     type_, requests = END, 1
                 else:
-                    row = open_tcp(raw)
                     common, request, response = row.common_properties, NO_REQUEST, NO_RESPONSE
                     connection = row.connection_properties
                     wire_in, wire_out = body_in, body_out = connection.received_bytes, connection.sent_bytes
@@ -179,8 +183,7 @@ class Straight:
             counted += 1
             ended += requests
         source.ended += ended
-        if counted:
-            fates[COUNTED] += counted
+        fates[COUNTED] += counted
         return odd
 
     def _window(self, at_ns: int, earliest_ns: int, latest_ns: int) -> tuple[int, int, int]:
@@ -197,19 +200,18 @@ class Straight:
         if len(tag) > MAX_TEXT_BYTES:
             raise _Odd
         entry = als.Entry.FromString(tag)
-        place = self._tags.get(entry.key)
-        if place is None or not tag.startswith(key_begins(entry.key)):
-            return
-        texts[place] = entry.value
-        if len(self._opened) >= _MAX_TAGS:
-            self._opened.clear()
-        self._opened[tag] = place, entry.value
+        place, begins = self._tags.get(entry.key, (0, ()))
+        if tag.startswith(begins):
+            texts[place] = value = entry.value
+            if len(self._opened) >= _MAX_TAGS:
+                self._opened.clear()
+            self._opened[tag] = place, value
 
     def _meet(self, source: Source, sums: Sums, window_ms: int, texts: Texts) -> Cell:
         """The sums of a row that is the first of its kind since the last drain."""
         routed = bool(texts[0] or texts[1])
         cell = sums.cell(source, window_ms, self._identities.of(source.straight, texts, routed=routed))
-        if sums.seen < _MAX_SEEN and sum(map(len, texts)) <= _MAX_SEEN_BYTES:
+        if sums.seen < _MAX_SEEN and len(b"".join(texts)) <= _MAX_SEEN_BYTES:
             sums.seen += 1
             source.seen.setdefault(window_ms, {})[texts] = cell
         return cell

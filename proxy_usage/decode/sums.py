@@ -72,14 +72,13 @@ class Sums:
 
     def cell(self, source: Source, window_ms: int, whose: Whose) -> Cell:
         """The sums of an identity in a window."""
-        key = window_ms, whose
-        cell = source.cells.get(key)
-        if cell is None:
-            cell = source.cells[key] = [0] * (1 + len(SUMS))
+        fresh: Cell = [0] * (1 + len(SUMS))
+        cell = source.cells.setdefault((window_ms, whose), fresh)
+        if cell is fresh:
             self.hold(whose[1], *whose[2])
         return cell
 
     def hold(self, *texts: bytes) -> None:
         """Counts something that has these texts."""
         self.held += 1
-        self.held_bytes += sum(map(len, texts))
+        self.held_bytes += len(b"".join(texts))
