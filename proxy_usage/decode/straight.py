@@ -51,7 +51,7 @@ _MAX_SEEN = 16_384
 _MAX_SEEN_BYTES = 1_024
 """Of the texts of one."""
 _ROUTE = Field(FieldKind.ROUTE_NAME)
-_OTHERS = {FieldKind.DYNAMIC_METADATA, FieldKind.REQUEST_HEADER, FieldKind.AUTHORITY, FieldKind.SNI}
+_NO_OTHERS = {FieldKind.CUSTOM_TAG, FieldKind.ROUTE_NAME, FieldKind.NODE, FieldKind.LITERAL}
 
 
 class _Odd(Exception):
@@ -70,7 +70,7 @@ class Straight:
         self._upgrades = Quantity.UPGRADED_NS in plan.quantities
         fields = dict.fromkeys((*plan.rules, *plan.dimensions))
         tags = [field for field in fields if field.kind is FieldKind.CUSTOM_TAG]
-        others = [field for field in fields if field.kind in _OTHERS]
+        others = [field for field in fields if field.kind not in _NO_OTHERS]
         # The texts of a row: its cluster if it has no route, its route, the plan's tags, and what else the
         # plan's fields are read from.
         self._places = {field: place for place, field in enumerate((_ROUTE, *tags, *others), start=1)}
