@@ -27,7 +27,6 @@ Fate = tuple[str, str]
 """A fate and its reason, ``""`` where the fate says it all."""
 
 COUNTED: Fate = (RowFate.COUNTED, "")
-INTERNAL_REDIRECT: Fate = (RowFate.SKIPPED, "internal_redirect")
 TCP_END, END = 3, 6  # AccessLogType
 REDIRECT = b"internal_redirect"
 """``response_code_details`` of a row whose request another row brings again, with the final answer."""

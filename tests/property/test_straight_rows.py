@@ -230,3 +230,45 @@ def test_an_invalid_row_that_was_opened_with_its_message_is_named_by_its_size() 
     fold.message(ORIGIN, message(row), NOW_MS)
     (complaint,) = whole(list(fold.drains())).complaints
     assert f"invalid row (bytes): row 0 of its part, {row.ByteSize()} bytes" in complaint
+
+
+# ── edges that generated rows seldom meet ──
+
+
+def both_ways(now_ms: int, *rows: object) -> Drained:
+    straight, careful = made(), made()
+    straight.message(ORIGIN, message(*rows), now_ms)
+    row_by_row(careful, ORIGIN, message(*rows), now_ms)
+    found = drained(straight)
+    assert found == drained(careful)
+    return found
+
+
+@pytest.mark.parametrize("nanos", [-1, 1_000_000_000])
+def test_a_credible_second_does_not_excuse_impossible_nanoseconds(nanos: int) -> None:
+    row = http_row()
+    row.common_properties.start_time.nanos = nanos
+    assert both_ways(NOW_MS, row).fates == {("invalid", "start_time"): 1}
+
+
+def test_a_row_behind_what_is_credible_is_no_part_of_the_window_of_the_row_before_it() -> None:
+    latest_ns = (NOW_MS + 300_000) * 1_000_000
+    rows = []
+    for end_ns in (latest_ns, latest_ns + 1):
+        row = http_row()
+        start, duration = row.common_properties.start_time, row.common_properties.duration
+        duration.seconds, duration.nanos = 0, 1_000
+        start.seconds, start.nanos = divmod(end_ns - 1_000, 1_000_000_000)
+        rows.append(row)
+    assert latest_ns // 1_000_000 % 60_000 != 59_999
+    assert both_ways(NOW_MS, *rows).notes == {"future": 1}
+
+
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_a_clock_that_has_hardly_begun_makes_no_start_credible(seconds: int) -> None:
+    row = http_row()
+    row.common_properties.start_time.seconds, row.common_properties.start_time.nanos = seconds, 0
+    row.common_properties.duration.seconds = 2
+    found = both_ways(5_000, row)
+    assert found.notes == ({} if seconds else {"no_start_time": 1})
+    assert found.fates == ({("invalid", "start_time"): 1} if seconds else {COUNTED: 1})
