@@ -17,8 +17,8 @@ from typing import Any
 
 from proxy_usage.als.v1 import als_pb2 as als
 from proxy_usage.decode.contract import Fold
-from proxy_usage.decode.fold import MAX_HELD_BYTES, SUMS, ProtobufFold
-from proxy_usage.decode.framing import Split
+from proxy_usage.decode.fold import MAX_HELD_BYTES, ProtobufFold
+from proxy_usage.decode.framing import OpenRows, Split, open_row
 from proxy_usage.decode.rows import (
     DRAIN_ROWS,
     FLAGS,
@@ -32,7 +32,9 @@ from proxy_usage.decode.rows import (
     full_match,
     handlings,
 )
+from proxy_usage.decode.sums import SUMS
 from proxy_usage.decode.timing import finished_below_ns
+from proxy_usage.decode.values import constant
 from proxy_usage.model import Field, FieldKind, FoldPlan, Identity, Origin
 
 # As native/walker.h and native/row.h have them.
@@ -186,7 +188,8 @@ class CompiledFold(Fold):
 
     def entries(self, origin: Origin, split: Split, now_ms: int) -> int:
         """Folds a part of a message and returns how many rows it had. Never raises on its bytes."""
-        entries = split.entries
+        # The walker knows its own sequence and lists.
+        entries = list(split.entries) if isinstance(split.entries, OpenRows) else split.entries
         if self._walker is None or not 0 <= now_ms <= _MAX_NOW_MS:
             return self._careful.entries(origin, split, now_ms)
         source = self._sources.get(origin)
@@ -194,7 +197,8 @@ class CompiledFold(Fold):
             source = self._sources[origin] = self._source(origin)
         odd = self._walker.fold(source, entries, split.http, now_ms)
         if odd is not None or split.damaged:
-            rows = ((number, entries[number]) for number in odd or ())
+            http = split.http
+            rows = ((number, open_row(entries[number], http=number < http)) for number in odd or ())
             self._careful.some(origin, split, rows, now_ms)
         return len(entries)
 
@@ -203,7 +207,7 @@ class CompiledFold(Fold):
         number: int = self._walker.source(
             self._handlings(origin, http=True),
             self._handlings(origin, http=False),
-            tuple(_constant(field, origin, paths) for field in self._fields),
+            tuple(constant(field, origin, paths) for field in self._fields),
             sum(1 << index for index, test in enumerate(self._skip) if test.meets_origin(origin)),
         )
         return number
@@ -273,9 +277,3 @@ def _keys(field: Field) -> tuple[bytes, ...]:
     if field.kind not in _KEYED:
         return ()
     return tuple(als.Entry(key=part.encode()).SerializeToString() for part in field.path)
-
-
-def _constant(field: Field, origin: Origin, node_paths: Sequence[tuple[str, ...]]) -> bytes:
-    if field.kind is FieldKind.NODE:
-        return origin.node[node_paths.index(field.path)].encode()
-    return field.path[0].encode() if field.kind is FieldKind.LITERAL else b""

@@ -9,9 +9,10 @@ refuses, the walk reads in both cases, up to the damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from google.protobuf.message import DecodeError as ProtobufError
 
@@ -21,8 +22,9 @@ from proxy_usage.decode.values import at_path
 from proxy_usage.errors import DecodeError
 from proxy_usage.model import Origin
 
-WHOLE_BYTES = 256 * 1024
-"""Up to this size a message is opened in one go."""
+WHOLE_BYTES = 320 * 1024
+"""Up to this size a message is opened in one go. Envoy's messages are longer than its buffer, for it flushes
+when a row has passed the buffer's size: room for a buffer of 256 KiB and a row as long as they come."""
 SLICE_BYTES = 64 * 1024
 """How much of a larger message is opened at a time."""
 PART_ROWS = 50
@@ -41,12 +43,50 @@ class Split(NamedTuple):
     """Rows of one message, or of a slice of it, still closed."""
 
     entries: Sequence[bytes]
-    """The HTTP rows, then the TCP rows. (Envoy's messages hold only one kind.) The extension's sequence
-    makes bytes of a row only when asked for it."""
+    """The HTTP rows, then the TCP rows. (Envoy's messages hold only one kind.) ``OpenRows`` and the
+    extension's sequence make bytes of a row only when asked for it."""
     http: int
     """How many of ``entries``, from the first on, are HTTP rows."""
     damaged: str | None = None
     """What ended the walk before the end of the message, and at which byte; rows behind it are lost."""
+
+
+class OpenRows(Sequence[bytes]):
+    """Rows that were opened along with their message. As bytes they are cut out of it again, if asked for."""
+
+    def __init__(self, closed: Callable[[], Sequence[bytes]], places: range, opened: Sequence[Any]) -> None:
+        """``opened`` are the rows at ``places`` of a message, of which ``closed`` has all."""
+        self._closed = closed
+        self._places = places
+        self.opened = opened
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> bytes: ...
+    @overload
+    def __getitem__(self, place: slice) -> OpenRows: ...
+    def __getitem__(self, place: int | slice) -> bytes | OpenRows:
+        if isinstance(place, slice):
+            return OpenRows(self._closed, self._places[place], self.opened[place])
+        return self._closed()[self._places[place]]
+
+
+def open_rows(part: Split) -> Sequence[Any]:
+    """The rows of a part, opened. None in the place of one that is malformed."""
+    entries = part.entries
+    if isinstance(entries, OpenRows):
+        return entries.opened
+    return [open_row(raw, http=number < part.http) for number, raw in enumerate(entries)]
+
+
+def open_row(raw: bytes, *, http: bool) -> Any:
+    """A row, opened; None if it is malformed."""
+    try:
+        return als.HttpRow.FromString(raw) if http else als.TcpRow.FromString(raw)
+    except ProtobufError:
+        return None
 
 
 def parts(raw: bytes) -> Iterator[Split]:
@@ -59,7 +99,7 @@ def parts(raw: bytes) -> Iterator[Split]:
         return _scanned(native, raw)
     entries, http, *_, state = native.scan(raw, 0, _ELSE, size, size + 1, size + 1)
     if state != _END:
-        return protobuf_parts(raw)
+        return _pieces(split(raw))
     whole = Split(entries, http)
     return iter((whole,)) if len(entries) <= PART_ROWS else _pieces(whole)
 
@@ -68,7 +108,10 @@ def protobuf_parts(raw: bytes) -> Iterator[Split]:
     """The same without the extension."""
     if len(raw) > WHOLE_BYTES:
         return slices(raw)
-    return _pieces(split(raw))
+    try:
+        return _opened_pieces(raw, als.OpenMessage.FromString(raw))
+    except ProtobufError:
+        return _pieces(split(raw))
 
 
 def _scanned(native: Any, raw: bytes) -> Iterator[Split]:
@@ -80,6 +123,16 @@ def _scanned(native: Any, raw: bytes) -> Iterator[Split]:
             yield Split(entries, http)
     if state != _END:
         yield from slices(raw, place=(pos, inside, stop))
+
+
+def _opened_pieces(raw: bytes, message: als.OpenMessage) -> Iterator[Split]:
+    http, tcp = message.http_logs.log_entry, message.tcp_logs.log_entry
+    before, rows = len(http), len(http) + len(tcp)
+    closed = cache(lambda: split(raw).entries)
+    for first in range(0, rows, PART_ROWS) or (0,):
+        last = min(first + PART_ROWS, rows)
+        opened = http[first:last] + tcp[max(first - before, 0) : max(last - before, 0)]
+        yield Split(OpenRows(closed, range(first, last), opened), min(max(before - first, 0), last - first))
 
 
 def _pieces(whole: Split) -> Iterator[Split]:

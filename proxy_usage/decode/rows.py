@@ -26,6 +26,13 @@ class RowFate(StrEnum):
 Fate = tuple[str, str]
 """A fate and its reason, ``""`` where the fate says it all."""
 
+COUNTED: Fate = (RowFate.COUNTED, "")
+TCP_END, END = 3, 6  # AccessLogType
+REDIRECT = b"internal_redirect"
+"""``response_code_details`` of a row whose request another row brings again, with the final answer."""
+_SWITCHED = 101
+_CONNECT = 6  # RequestMethod
+
 
 @dataclass(frozen=True, slots=True)
 class EnvoySettings:
@@ -182,6 +189,12 @@ def handlings(envoy: EnvoySettings, log_name: str, *, http: bool) -> Mapping[int
     else:
         table[0] = (_HTTP_END if http else _TCP_END)._replace(untyped=True)
     return table
+
+
+def upgraded(request: Any, response: Any) -> bool:
+    """Whether an HTTP stream became a tunnel."""
+    code: int = response.response_code.value
+    return code == _SWITCHED or (request.request_method == _CONNECT and 200 <= code < 300)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from proxy_usage.decode.rows import EnvoySettings
 from proxy_usage.decode.values import lookup
 from proxy_usage.model import MAX_DURATION_NS, NS_PER_MS, NS_PER_SECOND, FoldPlan
 
-_MAX_START_SECONDS = (1 << 63) // NS_PER_SECOND - 1
+MAX_START_SECONDS = (1 << 63) // NS_PER_SECOND - 1
 """The year 2262: whoever stores a time in nanoseconds has 64 bits for it."""
 _MAX_TAG_DIGITS = 18
 
@@ -49,6 +49,11 @@ class Timing:
         self._now_ns = now_ms * NS_PER_MS
         self._latest_ns = (now_ms + self._skew_ms) * NS_PER_MS
         self._earliest_ns = (now_ms - self._horizon_ms) * NS_PER_MS
+
+    @property
+    def credible(self) -> tuple[int, int]:
+        """The earliest and the latest moment in ns that a row of the present message may be of."""
+        return self._earliest_ns, self._latest_ns
 
     def of_end(self, common: Any) -> Span:
         """The span of a row that ends its stream. Raises ``Invalid``."""
@@ -95,7 +100,7 @@ class Timing:
     def _start_ns(self, common: Any) -> int:
         start = common.start_time
         seconds, nanos = start.seconds, start.nanos
-        if not (0 <= seconds <= _MAX_START_SECONDS and 0 <= nanos < NS_PER_SECOND):
+        if not (0 <= seconds <= MAX_START_SECONDS and 0 <= nanos < NS_PER_SECOND):
             raise Invalid("start_time")
         start_ns: int = seconds * NS_PER_SECOND + nanos
         if not start_ns:

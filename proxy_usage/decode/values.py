@@ -13,39 +13,45 @@ from typing import Any
 from proxy_usage.als.v1 import als_pb2 as als
 from proxy_usage.model import Field, FieldKind, Origin
 
+NO_REQUEST = als.Request()
+NO_RESPONSE = als.Response()
+"""What TCP rows have of both."""
 _MAX_DEPTH = 64
 """An object or list nested deeper has no text."""
 
-Reader = Callable[[Any, Any], bytes]
-"""``(common, request) -> raw value``, ``b""`` where absent. ``request`` is empty on TCP rows."""
+Reader = Callable[[Any], bytes]
+"""Reads a raw value, ``b""`` where absent."""
 
 
 def reader(field: Field, origin: Origin, node_paths: Sequence[tuple[str, ...]]) -> Reader:
-    """How to read a field from the rows of one origin. Node and literal fields are the same for all of them.
+    """How to read a field from ``(common, request)`` of a row, of which ``request`` is empty on TCP rows.
 
     Readers of maps raise protobuf's ``DecodeError`` where what they look for cannot be opened.
     """
-    path = tuple(part.encode() for part in field.path)
     match field.kind:
         case FieldKind.CUSTOM_TAG:
-            tag = lookup(path[0])
-            return lambda common, _request: tag(common.custom_tags)
+            tag = lookup(field.path[0].encode())
+            return lambda row: tag(row[0].custom_tags)
         case FieldKind.DYNAMIC_METADATA:
-            return lambda common, _request: _filter_metadata(common.metadata, path)
+            return lambda row: filter_metadata(row[0].metadata, field.path)
         case FieldKind.REQUEST_HEADER:
-            header = lookup(path[0])
-            return lambda _common, request: header(request.request_headers)
+            header = lookup(field.path[0].encode())
+            return lambda row: header(row[1].request_headers)
         case FieldKind.ROUTE_NAME:
-            return lambda common, _request: common.route_name
+            return lambda row: row[0].route_name
         case FieldKind.AUTHORITY:
-            return lambda _common, request: request.authority
+            return lambda row: row[1].authority
         case FieldKind.SNI:
-            return lambda common, _request: common.tls_properties.tls_sni_hostname
-        case FieldKind.NODE:
-            constant = origin.node[node_paths.index(field.path)].encode()
-        case FieldKind.LITERAL:
-            constant = path[0]
-    return lambda _common, _request: constant
+            return lambda row: row[0].tls_properties.tls_sni_hostname
+    value = constant(field, origin, node_paths)
+    return lambda _row: value
+
+
+def constant(field: Field, origin: Origin, node_paths: Sequence[tuple[str, ...]]) -> bytes:
+    """The value that all rows of an origin have; ``b""`` of a field that is not the same in all of them."""
+    if field.kind is FieldKind.NODE:
+        return origin.node[node_paths.index(field.path)].encode()
+    return field.path[0].encode() if field.kind is FieldKind.LITERAL else b""
 
 
 def lookup(key: bytes) -> Callable[[Iterable[bytes]], bytes]:
@@ -54,7 +60,7 @@ def lookup(key: bytes) -> Callable[[Iterable[bytes]], bytes]:
     Every encoder of a map writes the key first, so an entry is opened only if it begins with this key (or,
     to be safe, with a value): to open them all would cost more than all the rest of a row.
     """
-    begins = (als.Entry(key=key).SerializeToString(), b"\x12")
+    begins = key_begins(key)
     open_entry = als.Entry.FromString
 
     def find(entries: Iterable[bytes]) -> bytes:
@@ -67,6 +73,11 @@ def lookup(key: bytes) -> Callable[[Iterable[bytes]], bytes]:
         return value
 
     return find
+
+
+def key_begins(key: bytes) -> tuple[bytes, bytes]:
+    """What an entry of this key begins with, if ``lookup`` is to find it."""
+    return als.Entry(key=key).SerializeToString(), b"\x12"
 
 
 def at_path(struct: bytes, path: Sequence[bytes]) -> bytes:
@@ -82,10 +93,12 @@ def at_path(struct: bytes, path: Sequence[bytes]) -> bytes:
     return _text(als.Value.FromString(lookup(path[-1])(als.Struct.FromString(struct).fields)))
 
 
-def _filter_metadata(metadata: bytes, path: Sequence[bytes]) -> bytes:
+def filter_metadata(metadata: bytes, path: Sequence[str]) -> bytes:
+    """The text of what is at ``(filter, key, …)`` in metadata, see ``at_path``."""
     if not metadata:
         return b""
-    return at_path(lookup(path[0])(als.Metadata.FromString(metadata).filter_metadata), path[1:])
+    name, *keys = [part.encode() for part in path]
+    return at_path(lookup(name)(als.Metadata.FromString(metadata).filter_metadata), keys)
 
 
 def _text(value: als.Value) -> bytes:

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAIRS = [
     (ours.Message, full.StreamAccessLogsMessage),
+    (ours.OpenMessage, full.StreamAccessLogsMessage),
+    (ours.HttpRows, full.StreamAccessLogsMessage.HTTPAccessLogEntries),
+    (ours.TcpRows, full.StreamAccessLogsMessage.TCPAccessLogEntries),
     (ours.Identifier, full.StreamAccessLogsMessage.Identifier),
     (ours.Node, base_pb2.Node),
     (ours.Locality, base_pb2.Locality),
@@ -44,6 +47,7 @@ PAIRS = [
 # What our `bytes` hold where Envoy's field is a message.
 INSIDE = {
     "Message.identifier": ours.Identifier,
+    "OpenMessage.identifier": ours.Identifier,
     "Node.metadata": ours.Struct,
     "Common.metadata": ours.Metadata,
     "Value.struct_value": ours.Struct,
@@ -89,15 +93,16 @@ def test_numbers_names_and_wire_types_are_envoys(mine: Any, theirs: Any) -> None
         assert WIRE_TYPES.get(other.type, 0) == WIRE_TYPES.get(field.type, 0)
 
 
+@pytest.mark.parametrize("mine", [ours.Message, ours.OpenMessage])
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["http_logs", "tcp_logs"]))
 @settings(max_examples=60)
-def test_random_messages_read_the_same(seed: int, kind: str) -> None:
+def test_random_messages_read_the_same(mine: Any, seed: int, kind: str) -> None:
     source = random.Random(seed)
     message = full.StreamAccessLogsMessage()
     fill(message.identifier, source, 7)
     for _ in range(source.randrange(1, 4)):
         fill(getattr(message, kind).log_entry.add(), source, 7)
-    parsed = ours.Message.FromString(message.SerializeToString())
+    parsed = mine.FromString(message.SerializeToString())
     compare(parsed, message)
     assert len(getattr(parsed, kind).log_entry) == len(getattr(message, kind).log_entry)
 
@@ -167,7 +172,10 @@ def compare(mine: Any, theirs: Any, kind: str = "") -> None:
         name = f"{mine.DESCRIPTOR.name}.{field.name}"
         one, other = getattr(mine, field.name), getattr(theirs, field.name)
         counterpart = theirs.DESCRIPTOR.fields_by_number[field.number]
-        if field.message_type:
+        if field.message_type and field.is_repeated:
+            for part, whole in zip(one, other, strict=True):
+                compare(part, whole)
+        elif field.message_type:
             assert mine.HasField(field.name) == theirs.HasField(field.name), name
             compare(one, other, counterpart.message_type.name)
         elif counterpart.message_type and counterpart.message_type.GetOptions().map_entry:

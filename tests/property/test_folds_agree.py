@@ -62,7 +62,7 @@ def test_a_message_has_the_same_rows_for_both(seed: int, oddity: float, rows: in
     assume(len(raw) <= WHOLE_BYTES)
     scanned, opened = list(parts(raw)), list(protobuf_parts(raw))
     assert [(list(part.entries), part.http, part.damaged) for part in scanned] == [
-        (part.entries, part.http, part.damaged) for part in opened
+        (list(part.entries), part.http, part.damaged) for part in opened
     ]
 
 
