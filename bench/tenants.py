@@ -3,14 +3,15 @@
     python -m bench.tenants TENANTS      # PROXY_USAGE_FOLD chooses the fold
 
 Prints JSON: microseconds of processor time for an entry of a known key, for the first entry of a key, for
-closing a key (its checkpoint, its events), and bytes of memory a key. Windows are an hour long, so that none
-closes by itself. Entries go to tenants drawn at random, the worst case for every cache. The longest piece of
-work that holds the event loop is the pipeline's part of a turn; the store's part is a thread's.
+closing a key (its checkpoint, its events), and bytes of memory a key, all of the process; and for decode
+and fold alone, microseconds for an entry of a known key and, of the compiled fold, bytes a row. Windows are
+an hour long, so that none closes by itself. Entries go to tenants drawn at random, the worst case for every
+cache. Turns come as often as the service takes them: the dearer they are, the more seldom. The longest piece
+of work that holds the event loop is the pipeline's part of a turn; the store's part is a thread's.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -28,13 +29,25 @@ from bench.peers.server import fold_name
 from bench.processes import memory
 from proxy_usage.config import Config, load_text
 from proxy_usage.decode import parts, read_identifier
+from proxy_usage.decode.compiled import CompiledFold
 from proxy_usage.pipeline import Pipeline, Port
-from proxy_usage.service.build import Storage, build_mint, build_pipeline, open_storage
+from proxy_usage.service.build import (
+    Storage,
+    build_attributor,
+    build_folds,
+    build_mint,
+    build_pipeline,
+    open_storage,
+)
+from proxy_usage.service.collector import settle
+from proxy_usage.service.turns import pause_s
 from proxy_usage.turn import Turn
 
-TURN_NS = 250_000_000
-"""Work between two turns: what a saturated sink does in a checkpoint interval."""
-STEADY_ENTRIES = 200_000
+INTERVAL_S = 0.25
+"""The checkpoint interval, as by default."""
+STEADY_ENTRIES = 5_000_000
+"""Many, or there would be no turn among them."""
+FOLDED_ENTRIES = 200_000
 CLOSED = 20_000
 """Keys that are closed to learn what one costs."""
 HOUR_MS = 3_600_000
@@ -67,7 +80,7 @@ class Bench:
         self.templates = messages("http", 16 * KIB)
         self.now_ms = time.time_ns() // 1_000_000
         self.entries = 0
-        self.longest_ns = 0
+        self.steps_ns: list[int] = []
 
     def feed(self, raw: bytes) -> None:
         """A message, as the receiver hands it over."""
@@ -83,23 +96,27 @@ class Bench:
             if self.storage.checkpoints.wants_fold:
                 self.storage.checkpoints.fold()
         self.pipeline.commit(turn)
-        return len(turn.windows.closing)
+        closed = len(turn.windows.closing)
+        self._step_by_step(turn.windows.release())
+        return closed
 
     def _begin(self, limit: int, everything: bool) -> Turn:
-        """The pipeline's part of a turn, timed: in one piece, or in steps where the pipeline offers them."""
-        in_steps: Any = getattr(self.pipeline, "beginning", None)
-        steps = in_steps and in_steps(self.now_ms, limit=limit, everything=everything)
+        """The pipeline's part of a turn."""
+        steps = self.pipeline.beginning(self.now_ms, limit=limit, everything=everything)
+        turn = self._step_by_step(steps)
+        assert isinstance(turn, Turn)
+        return turn
+
+    def _step_by_step(self, steps: Iterator[None]) -> object:
+        """Takes steps that the service pauses between, and notes the longest. Returns what they come to."""
         while True:
             began = time.thread_time_ns()
             try:
-                if steps is None:
-                    return self.pipeline.begin(self.now_ms, limit=limit, everything=everything)
                 next(steps)
             except StopIteration as ended:
-                turn: Turn = ended.value
-                return turn
+                return ended.value
             finally:
-                self.longest_ns = max(self.longest_ns, time.thread_time_ns() - began)
+                self.steps_ns.append(time.thread_time_ns() - began)
 
 
 def measure(tenants: int) -> dict[str, Any]:
@@ -108,8 +125,7 @@ def measure(tenants: int) -> dict[str, Any]:
         bench = Bench(configuration(Path(directory), tenants))
         dice = random.Random(3)
         second = bench.now_ms // 1_000 - 1
-        gc.collect()
-        gc.freeze()
+        settle()  # as the service does
         before = memory(_SELF)
         first = _fed(bench, firsts(bench.templates, tenants, second))
         size = memory(_SELF) - before
@@ -118,10 +134,11 @@ def measure(tenants: int) -> dict[str, Any]:
         for _ in range(5):
             chosen = (dice.choice(bench.templates) for _ in range(steady_messages // 5))
             rounds.append(_fed(bench, (numbered(one, tenants, dice, second) for one in chosen)))
-        stall_ns, bench.longest_ns = bench.longest_ns, 0
+        held = sorted(bench.steps_ns)
         closed, used = _close(bench)
         bench.storage.close()
     steady = sorted(rounds)[2]
+    fold_rounds, bytes_row = alone(bench.config, bench.templates, tenants)
     return {
         "tenants": tenants,
         "fold": fold_name(),
@@ -131,19 +148,51 @@ def measure(tenants: int) -> dict[str, Any]:
         "us_close": round(used / closed, 2),
         "us_entry_at_60": round(steady + (first - steady + used / closed) / 60, 3),
         "bytes_key": size // tenants,
-        "turn_stall_ms": round(stall_ns / 1e6, 2),
+        "us_fold": fold_rounds,
+        "bytes_row": bytes_row,
+        "turn_steps": len(held),
+        "turn_steps_over_2_ms": sum(ns > 2_000_000 for ns in held),
+        "turn_stall_p999_ms": round(held[len(held) * 999 // 1_000] / 1e6, 2),
+        "turn_stall_ms": round(held[-1] / 1e6, 2),
     }
+
+
+def alone(config: Config, templates: Sequence[Message], tenants: int) -> tuple[list[float], int | None]:
+    """Decode and fold without what is behind them: microseconds an entry where every key is known, by round;
+    bytes a row of the compiled fold's table."""
+    fold = build_folds(config, build_attributor(config))[Port.ALL]
+    origin = read_identifier(hello().raw, "", config.fold_plan().node_paths)
+    assert origin is not None
+    now_ms = time.time_ns() // 1_000_000
+    second = now_ms // 1_000 - 1
+    for raw in firsts(templates, tenants, second):
+        fold.message(origin, raw, now_ms)
+    dice = random.Random(5)
+    rounds = []
+    for _ in range(5):
+        chosen = [dice.choice(templates) for _ in range(FOLDED_ENTRIES // 5 // templates[0].entries)]
+        raws = [numbered(one, tenants, dice, second) for one in chosen]
+        began = time.thread_time_ns()
+        entries = sum(fold.message(origin, raw, now_ms) for raw in raws)
+        rounds.append(round((time.thread_time_ns() - began) / 1_000 / entries, 4))
+    row = fold.allocated_bytes // fold.rows if isinstance(fold, CompiledFold) else None
+    return rounds, row
 
 
 def _fed(bench: Bench, raws: Iterable[bytes]) -> float:
     """Feeds messages with turns in between. Returns microseconds of this thread an entry."""
-    used, since, began_with = 0, 0, bench.entries
+    used, since, began_with, pause = 0, 0, bench.entries, INTERVAL_S
     for raw in raws:
         began = time.thread_time_ns()
         bench.feed(raw)
-        if since >= TURN_NS:
+        if since >= pause * 1e9:
+            turned = time.thread_time_ns()
             bench.turn()
+            worked_s = (time.thread_time_ns() - turned) / 1e9
+            pause = pause_s(INTERVAL_S, worked_s, worked_s)
             since = 0
+            began += time.thread_time_ns() - turned
+            used += int(worked_s * 1e9)
         took = time.thread_time_ns() - began
         used, since = used + took, since + took
     began = time.thread_time_ns()

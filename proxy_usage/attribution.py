@@ -14,6 +14,7 @@ bill somebody else. Everything here is pure and bounded; any bytes give a Key or
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +32,8 @@ MAX_TEXT = 4096
 """Characters of a raw value that patterns and maps see: bounds what a client can make an expression cost."""
 MAX_HOST = 253
 """Characters of a host name (RFC 1035); a longer one matches no wildcard."""
+CACHE = 100_000
+"""Identities whose keys are remembered, by default."""
 MAX_CACHED = 1024
 """Bytes of raw values up to which an identity is cached: bounds the cache in bytes, too."""
 
@@ -251,7 +254,7 @@ class Attributor:
     """
 
     def __init__(
-        self, tenant: TenantConfig, dimensions: Mapping[str, DimensionConfig], *, cache: int = 100_000
+        self, tenant: TenantConfig, dimensions: Mapping[str, DimensionConfig], *, cache: int = CACHE
     ) -> None:
         nodes: dict[tuple[str, ...], int] = {}
         self._rules = tuple(_Source(rule, "tenant", nodes) for rule in tenant.rules)
@@ -274,7 +277,7 @@ class Attributor:
         self._allow_uuid = tenant.allow_uuid
         self._skip_no_route = tenant.no_route == "skip"
         self._limit = cache
-        self._cache: dict[Identity, Key | Unattributed] = {}
+        self._cache: OrderedDict[Identity, Key | Unattributed] = OrderedDict()
 
     def accepts(self, rule: int, text: str) -> bool:
         """Whether a present value satisfies the pattern and the map of a rule, so that the rule matches.
@@ -296,9 +299,8 @@ class Attributor:
             else:
                 found = Key(outcome, tuple(part.value(part.read(identity)) for part in self._dimensions))
             if self._limit > 0 and len(identity.value) + sum(map(len, identity.dimensions)) <= MAX_CACHED:
-                # A full cache is emptied: what is in use is back after one look at each.
-                if len(self._cache) >= self._limit:
-                    self._cache.clear()
+                if len(self._cache) >= self._limit:  # one by one: to empty it takes long
+                    self._cache.popitem(last=False)
                 self._cache[identity] = found
         return found
 

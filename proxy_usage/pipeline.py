@@ -30,8 +30,9 @@ from proxy_usage.streams import Streams, StreamTurn
 from proxy_usage.turn import Held, Observed, Turn
 from proxy_usage.windows import Windows
 
-BOOK, BOOK_ROWS = 100, 20
-"""Totals, and rows of long streams, that are booked without a pause: half a millisecond of work, one step."""
+BOOK, BOOK_ROWS = 50, 20
+"""Totals, and rows of long streams, that are booked without a pause: half a millisecond of work, one step; of
+keys never seen before, thrice that."""
 STEPS_A_PART = 3
 """Steps of what is set aside, after each part of a message: they book more rows than a part may bring."""
 MAX_ASIDE = 64

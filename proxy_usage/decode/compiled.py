@@ -49,6 +49,8 @@ _CAREFUL, _HTTP_END, _TCP_END, _HTTP_END_UNTYPED, _TCP_END_UNTYPED, _FIRST_SKIP 
 _FIRST_FATES: tuple[Fate, ...] = ((RowFate.COUNTED, ""), (RowFate.SKIPPED, "internal_redirect"))
 _NOTES = ("no_start_time", "future", "past_horizon")
 _FROM_SOURCE = 6
+_ROW_BYTES = 168
+"""Of a row with some 100 bytes of texts, as the shipped configuration has."""
 _KINDS = {
     FieldKind.CUSTOM_TAG: 0,
     FieldKind.REQUEST_HEADER: 1,
@@ -110,6 +112,7 @@ class CompiledFold(Fold):
         self._envoy = envoy
         self._skip = tuple(skip)
         self._limit = identity_limit
+        self._limit_bytes = max(MAX_HELD_BYTES, identity_limit * _ROW_BYTES)
         self._fields = tuple(dict.fromkeys((*plan.rules, *plan.dimensions)))
         self._fates: list[Fate] = list(_FIRST_FATES)
         self._sources: dict[Origin, int] = {}
@@ -166,7 +169,7 @@ class CompiledFold(Fold):
             walker is not None
             and (
                 walker.rows >= self._limit
-                or walker.held_bytes >= MAX_HELD_BYTES
+                or walker.held_bytes >= self._limit_bytes
                 or len(self._sources) >= _MAX_SOURCES
             )
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from proxy_usage.admission import Admission, SanPattern
-from proxy_usage.attribution import Attributor
+from proxy_usage.attribution import CACHE, Attributor
 from proxy_usage.config import Config
 from proxy_usage.config.fields import split_address
 from proxy_usage.config.outputs import OutputConfig
@@ -39,9 +39,6 @@ from proxy_usage.turn import Layout, OutputSlot, Recovered, Turn
 from proxy_usage.windows import Windows
 
 PortSink = Callable[[Port, Origin, Split, int], None]
-
-FOLD_IDENTITIES = 5_000
-"""Identities folded before they are set aside, to be booked along with what follows."""
 
 
 def clock_ms() -> int:
@@ -102,7 +99,7 @@ def build_folds(config: Config, attributor: Attributor) -> dict[Port, Fold]:
             plain=attributor.plain_rules,
             envoy=envoy_settings,
             skip=skip,
-            identity_limit=FOLD_IDENTITIES,
+            keys=config.windows.max_keys,
         )
         for port, envoy_settings in ports.items()
     }
@@ -110,7 +107,7 @@ def build_folds(config: Config, attributor: Attributor) -> dict[Port, Fold]:
 
 def build_attributor(config: Config) -> Attributor:
     """The tenant rules."""
-    return Attributor(config.tenant, config.dimensions)
+    return Attributor(config.tenant, config.dimensions, cache=max(CACHE, config.windows.max_keys // 2))
 
 
 def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = True) -> Storage:

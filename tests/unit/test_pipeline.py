@@ -206,6 +206,7 @@ def test_a_connection_of_bytes_is_no_request(tmp_path: Path) -> None:
 
 def test_so_many_identities_that_the_fold_is_full_are_drained_in_between(tmp_path: Path) -> None:
     with InnerSink(tmp_path) as sink:
+        sink.pipeline._folds[Port.ALL]._limit = 5_000  # type: ignore[attr-defined]
         for number in range(13):
             sink.read(*(row(tags={"project_name": f"t-{number}-{n}"}) for n in range(1_000)))
             assert not sink.pipeline._folds[Port.ALL].full

@@ -10,7 +10,7 @@ from wire import DOWNSTREAM_PERIODIC, http_row, message
 
 from proxy_usage.intake import by_node
 from proxy_usage.model import NS_PER_MS
-from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, next_step
+from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, Port, next_step
 from proxy_usage.turn import Turn
 from proxy_usage.windows import PACK
 
@@ -59,6 +59,7 @@ def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> No
 def test_a_full_fold_is_booked_along_with_the_parts_that_follow(tmp_path: Path) -> None:
     """No part waits for all that was folded, and what is set aside does not grow."""
     with InnerSink(tmp_path, now_ms=T0, windows={"max_keys": 100_000}) as sink:
+        sink.pipeline._folds[Port.ALL]._limit = 5_000  # type: ignore[attr-defined]
         before = longest = 0
         for first in range(0, 24_000, 50):
             sink.read_raw(rows(50, first))
