@@ -192,5 +192,11 @@ async def test_usage_arrives_and_is_seen(stack: Stack) -> None:
 
     await eventually(billed, "both tenants are billed by each meter", why=lambda: stack.said("sink-a"))
     # A WebSocket that is open: billed as it goes, by its owner, and no request yet.
-    assert await stack.query('proxy_usage_streams_remembered{instance=~".*:9090"}>0')
+
+    async def remembered() -> bool:
+        return bool(await stack.query('proxy_usage_streams_remembered{instance=~".*:9090"}>0'))
+
+    await eventually(
+        remembered, "Prometheus sees the owner's open stream", why=lambda: stack.said("prometheus")
+    )
     assert not await stack.query('proxy_usage_entries_skipped_total{reason=~"misrouted|early_periodic"}>0')
