@@ -196,7 +196,5 @@ async def test_usage_arrives_and_is_seen(stack: Stack) -> None:
     async def remembered() -> bool:
         return bool(await stack.query('proxy_usage_streams_remembered{instance=~".*:9090"}>0'))
 
-    await eventually(
-        remembered, "Prometheus sees the owner's open stream", why=lambda: stack.said("prometheus")
-    )
+    await eventually(remembered, "Prometheus sees the open stream", why=lambda: stack.said("prometheus"))
     assert not await stack.query('proxy_usage_entries_skipped_total{reason=~"misrouted|early_periodic"}>0')
