@@ -106,7 +106,7 @@ class ControlServer:
         listener = _bind(self._path)
         try:
             self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST)
-        except BaseException:
+        except BaseException:  # cancelled, too: no socket stays behind
             listener.close()
             raise
 
@@ -272,7 +272,7 @@ def _bind(path: Path) -> socket.socket:
             f"cannot make the control socket {path}: {error.strerror}",
             hint="the store's directory must be writable and on a file system that knows sockets",
         ) from None
-    except BaseException:
+    except BaseException:  # interrupted, too: no socket stays behind
         listener.close()
         raise
     listener.setblocking(False)

@@ -136,7 +136,7 @@ class Auditor:
             changed = {key: self._tracks.get(key) for key in before.keys() | self._tracks.keys()}
             await self._thread.run(self._store.save, changed, found, self._clock_ms())
             await self._thread.run(self._store.bound)
-        except BaseException:
+        except BaseException:  # cancelled, too: what is not stored is not known
             self._tracks = before
             raise
         self._at_ms = self._clock_ms()

@@ -212,7 +212,7 @@ class Archive:
                     os.pwrite(lock, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
                 fd = self._create()
                 self._open = self._recover(fd, lock)
-            except BaseException:
+            except BaseException:  # whatever it is, no lock stays behind
                 os.close(lock)
                 if fd >= 0:
                     os.close(fd)

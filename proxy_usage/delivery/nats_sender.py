@@ -192,7 +192,7 @@ class NatsSender:
                 event.body,
                 {"Nats-Msg-Id": event.id, "Nats-Expected-Stream": self._stream},
             )
-        except BaseException:
+        except BaseException:  # cancelled, too: its place is free again
             self._room.release()
             raise
         answer.add_done_callback(lambda _: self._room.release())

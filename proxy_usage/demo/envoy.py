@@ -107,7 +107,7 @@ class EnvoyProcess:
         except TimeoutError as error:
             await self.stop()
             raise self._error(f"Envoy was not ready within {START_TIMEOUT_S} s") from error
-        except BaseException:
+        except BaseException:  # cancelled, too: no process stays behind
             await self.stop()
             raise
 

@@ -126,7 +126,7 @@ class SinkProcess:
         except TimeoutError as error:
             await self.stop()
             raise self._error(f"the sink was not ready within {START_TIMEOUT_S} s") from error
-        except BaseException:
+        except BaseException:  # cancelled, too: no process stays behind
             await self.stop()
             raise
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -29,18 +28,11 @@ from proxy_usage.receiver.health import PortHealth
 from proxy_usage.receiver.port import ReceiverLimits, check_free, options
 from proxy_usage.receiver.room import FIRST_MESSAGE, MEMORY, Room
 from proxy_usage.receiver.scheduling import giving_way
+from proxy_usage.receiver.stream import Stream
 
 log = structlog.get_logger()
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
-QUIET_MS, MAX_QUIET_MS = 250, 4_500
-"""A stream that is to end and says nothing for so long is ended; for longer where messages come less often.
-
-Envoy flushes at intervals. What it sends while the end of the stream is on its way is lost, so the end must
-not come when the next message is due: ended so, 4 of 32 stops lost a flush of some hundred rows each.
-"""
-USUAL_GAP_MS = 1_000
-"""Envoy's buffer_flush_interval where nobody sets it."""
 LOOK_S, CLOSE_LOOK_S = 0.1, 0.02
 """How often it is looked whether streams have to end; the latter where ``Room.needs_close_look``."""
 _BROKEN_OFF_S = 0.05
@@ -62,43 +54,6 @@ class Tap(Protocol):
     """Sees every message before its rows are taken: a recording."""
 
     def __call__(self, stream: int, origin: Origin, raw: bytes, now_ms: int) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """An open stream: who sends it, and how it is to end."""
-
-    task: asyncio.Task[Any]
-    connection: Connection
-    auth: Mapping[str, tuple[bytes, ...]]
-    metadata: Mapping[str, str]
-    read_ms: int
-    """When it was last read."""
-    gap_ms: int = USUAL_GAP_MS
-    """Between its last two messages."""
-    messages: int = 0
-    asks: bool = False
-    """Whether it is a health check."""
-    peer: str = ""
-    origin: Origin | None = None
-    ending_ms: int | None = None
-    """Since when it is to be ended, with OK, after its next message or when it is quiet."""
-    refusal: Refusal | None = None
-    """Why it was ended otherwise."""
-
-    def end_soon(self, now_ms: int) -> None:
-        """It is to be ended; when is its own affair."""
-        if self.ending_ms is None:
-            self.ending_ms = now_ms
-
-    def is_quiet(self, now_ms: int) -> bool:
-        """Whether it is to be ended and nothing seems to be on its way."""
-        patience_ms = min(max(QUIET_MS, self.gap_ms * 3 // 2), MAX_QUIET_MS)
-        return (
-            self.ending_ms is not None
-            and now_ms - self.ending_ms >= QUIET_MS
-            and now_ms - self.read_ms >= patience_ms
-        )
 
 
 class Receiver:
@@ -139,7 +94,7 @@ class Receiver:
         self._admission = admission or Admission()
         self._credentials = Credentials(tls) if tls is not None else None
         self._draining = False
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._since_ms: dict[Connection, int] = {}  # when a connection's first stream began
         self._arrivals = Arrivals(port)
         self._messages = self._bytes = 0  # read since the metrics were told
@@ -248,7 +203,7 @@ class Receiver:
             if stream.is_quiet(now_ms):
                 stream.task.cancel()
 
-    def _end(self, stream: _Stream, refusal: Refusal) -> None:
+    def _end(self, stream: Stream, refusal: Refusal) -> None:
         if stream.refusal is None:
             stream.refusal = refusal
             stream.task.cancel()
@@ -263,7 +218,7 @@ class Receiver:
         assert task is not None
         metadata = {name.lower(): str(value) for name, value in context.invocation_metadata() or ()}
         far_end = connection(context.peer()) or Connection(context.peer(), 0)
-        stream = _Stream(task, far_end, _auth(context), metadata, self._clock_ms())
+        stream = Stream(task, far_end, _auth(context), metadata, self._clock_ms())
         stream.peer, refusal = self._admission.admit(stream.auth, metadata)
         if refusal is not None:
             await self._refuse(context, refusal)
@@ -283,7 +238,7 @@ class Receiver:
             self._closed(stream)
         return b""
 
-    def _opened(self, stream: _Stream) -> None:
+    def _opened(self, stream: Stream) -> None:
         self._streams.add(stream)
         self._metrics.streams.inc(not stream.asks)
         if stream.connection not in self._since_ms:
@@ -291,7 +246,7 @@ class Receiver:
         received = self._arrivals.received([stream.connection])
         self._room.opened(stream.connection, received, asks=stream.asks)
 
-    def _closed(self, stream: _Stream) -> None:
+    def _closed(self, stream: Stream) -> None:
         self._tell()
         self._streams.discard(stream)
         self._metrics.streams.dec(not stream.asks)
@@ -303,7 +258,7 @@ class Receiver:
         self,
         requests: AsyncIterator[bytes],
         context: grpc.aio.ServicerContext[Any, Any],
-        stream: _Stream,
+        stream: Stream,
     ) -> None:
         number = next(_stream_numbers)
         host = stream.connection.host
@@ -348,7 +303,7 @@ class Receiver:
         task = asyncio.current_task()
         assert task is not None
         far_end = connection(context.peer()) or Connection(context.peer(), 0)
-        stream = _Stream(task, far_end, {}, {}, self._clock_ms(), asks=True)
+        stream = Stream(task, far_end, {}, {}, self._clock_ms(), asks=True)
         self._opened(stream)
         try:
             async with asyncio.timeout(self._room.limits.first_message_ms / 1_000):
@@ -367,7 +322,7 @@ class Receiver:
         self,
         requests: AsyncIterator[bytes],
         context: grpc.aio.ServicerContext[Any, Any],
-        stream: _Stream,
+        stream: Stream,
     ) -> bytes | None:
         """The first message, for which a stream is read only in its turn; None if there is none."""
         try:
@@ -379,7 +334,7 @@ class Receiver:
             await self._refuse(context, FIRST_MESSAGE)
             return None
 
-    async def _take(self, origin: Origin, rest: Iterator[Split], stream: _Stream) -> None:
+    async def _take(self, origin: Origin, rest: Iterator[Split], stream: Stream) -> None:
         """The rest of a message, piece by piece: before each, the other streams are read."""
         try:
             for part in rest:

@@ -156,7 +156,7 @@ def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = Tr
         if adopted or (recovered.layout is not None and recovered.layout != layout):
             checkpoints = Checkpoints(database, max_held=config.tenant.unattributed.max_identities)
             checkpoints.outputs, recovered = slots, checkpoints.recover()
-    except BaseException:
+    except BaseException:  # interrupted, too: no lock on the store stays behind
         database.close()
         raise
     return Storage(database, checkpoints, queue, intake, loss, slots, recovered, past)
