@@ -4,7 +4,7 @@
 
 - ``receive``: grpc.aio with our receiver's options; reads and discards.
 - ``receive-defaults``: ``receive`` with gRPC's own options, whose memory grows with the senders.
-- ``receive-giving-way``: ``receive``, and gRPC's threads scheduled as our receiver has them.
+- ``receive-giving-way``: ``receive`` with our event loop, and gRPC's threads scheduled as our receiver has them.
 - ``fold``: the latter, and our decode and fold behind it, drained into windows; no store, no delivery.
 - ``naive``: what one writes first: grpc.aio, envoy-data-plane, a dict for each window.
 
@@ -253,5 +253,14 @@ def fold_name() -> str:
     return "protobuf" if choice is None else str(choice.reason).partition(":")[0]
 
 
+def main(kind: str, port: int, window_ms: int) -> None:
+    """Serves, in the event loop that is usual for the kind."""
+    import uvloop
+
+    ours = kind in ("receive-giving-way", "fold")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if ours else None) as runner:
+        runner.run(serve(kind, port, window_ms))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
