@@ -24,7 +24,7 @@ _NAMES = {
     "sink": "proxy-usage",
     "fold": "decode and fold behind a bare receiver",
     "receive": "grpc.aio with our options, discards",
-    "receive-giving-way": "grpc.aio with our options and scheduling, discards",
+    "receive-giving-way": "grpc.aio with our options and process, discards",
     "receive-defaults": "grpc.aio with its own options, discards",
     "naive": "grpc.aio, envoy-data-plane, a dict",
     "cpp": "C++: grpc++, full schema",

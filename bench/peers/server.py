@@ -4,7 +4,7 @@
 
 - ``receive``: grpc.aio with our receiver's options; reads and discards.
 - ``receive-defaults``: ``receive`` with gRPC's own options, whose memory grows with the senders.
-- ``receive-giving-way``: ``receive`` with our event loop, and gRPC's threads scheduled as our receiver has them.
+- ``receive-giving-way``: ``receive`` in a process like ours: its event loop, heap and scheduling of threads.
 - ``fold``: the latter, and our decode and fold behind it, drained into windows; no store, no delivery.
 - ``naive``: what one writes first: grpc.aio, envoy-data-plane, a dict for each window.
 
@@ -254,12 +254,13 @@ def fold_name() -> str:
 
 
 def main(kind: str, port: int, window_ms: int) -> None:
-    """Serves, in the event loop that is usual for the kind."""
-    import uvloop
+    """Serves; the kinds that have our receiver run in a process like its."""
+    if kind in ("receive-giving-way", "fold"):
+        from proxy_usage.service.process import run_sink
 
-    ours = kind in ("receive-giving-way", "fold")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if ours else None) as runner:
-        runner.run(serve(kind, port, window_ms))
+        run_sink(serve(kind, port, window_ms))
+    else:
+        asyncio.run(serve(kind, port, window_ms))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import uvloop
 
 from proxy_usage.config import load
 from proxy_usage.errors import ConfigError
 from proxy_usage.service.forwarding import serve_forwarder
 from proxy_usage.service.logs import configure_log, name_worker
+from proxy_usage.service.process import run_sink
 from proxy_usage.service.serving import serve
 from proxy_usage.service.worker import Part, depend_on_supervisor
 
@@ -44,7 +42,7 @@ def run(
         from proxy_usage.service.supervisor import supervise
 
         return asyncio.run(supervise(config_path, env, config, restored=restored))
-    return _run(serve(config_path, env, config, restored=restored, part=part))
+    return run_sink(serve(config_path, env, config, restored=restored, part=part))
 
 
 def forward(config_path: Path, env: Mapping[str, str]) -> int:
@@ -61,10 +59,3 @@ def forward(config_path: Path, env: Mapping[str, str]) -> int:
         )
     configure_log(config.log.level, config.log.format)
     return asyncio.run(serve_forwarder(config, config.forward))
-
-
-def _run(main: Coroutine[Any, Any, int]) -> int:
-    """Runs the sink itself: under load a message takes three passes of the event loop, which are a sixth
-    cheaper by the message where the loop is compiled."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
