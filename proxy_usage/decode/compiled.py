@@ -49,7 +49,7 @@ _CAREFUL, _HTTP_END, _TCP_END, _HTTP_END_UNTYPED, _TCP_END_UNTYPED, _FIRST_SKIP 
 _FIRST_FATES: tuple[Fate, ...] = ((RowFate.COUNTED, ""), (RowFate.SKIPPED, "internal_redirect"))
 _NOTES = ("no_start_time", "future", "past_horizon")
 _FROM_SOURCE = 6
-_ROW_BYTES = 168
+_ROW_BYTES = 152
 """Of a row with some 100 bytes of texts, as the shipped configuration has."""
 _KINDS = {
     FieldKind.CUSTOM_TAG: 0,

@@ -160,14 +160,14 @@ static int choose(walker *self, const row *found, int *rule)
 
 static int put(walker *self, const row *found, uint16_t number, uint32_t window, const uint64_t *amounts)
 {
-    uint8_t key[MAX_KEY], *at = key + 8, *end = key + sizeof key;
+    uint8_t key[MAX_KEY], *at = key + KEY_HEAD, *end = key + sizeof key;
     int rule, field = choose(self, found, &rule);
     if (field == -2)
         return -1;
     memcpy(key, &window, 4);
     memcpy(key + 4, &number, 2);
-    key[6] = (uint8_t)(int8_t)rule;
-    key[7] = found->route.at != found->route.end || found->cluster.at != found->cluster.end;
+    int routed = found->route.at != found->route.end || found->cluster.at != found->cluster.end;
+    key[6] = (uint8_t)(2 * (rule + MAX_FIELDS) + routed); /* a rule is -MAX_FIELDS at least: ~rule was refused */
     at = put_text(at, end, field < 0 ? (span){NULL, NULL} : found->values[field]);
     for (unsigned index = 0; index < self->dimensions && at != NULL; index++) {
         span value = found->values[self->dimension_fields[index]];
@@ -183,12 +183,15 @@ static int put(walker *self, const row *found, uint16_t number, uint32_t window,
     table_row *into = table_find(self->sums, &self->secrets[0], key, (size_t)(at - key));
     if (into == NULL)
         return 0;
+    table_sum *sums = table_sums(self->sums, into);
     for (unsigned column = 0; column < self->columns; column++)
-        if (into->sums[1 + column] + amounts[self->column_of[column]] > MAX_SUM)
+        if (sums[column] + amounts[self->column_of[column]] > MAX_SUM)
             return 0;
-    into->sums[0]++;
+    if (into->count == UINT32_MAX)
+        return 0;
+    into->count++;
     for (unsigned column = 0; column < self->columns; column++)
-        into->sums[1 + column] += amounts[self->column_of[column]];
+        sums[column] += amounts[self->column_of[column]];
     return 1;
 }
 

@@ -28,16 +28,17 @@ static PyObject *next_text(const uint8_t **at)
 /* (source, window_ms, rule, value, dimensions, routed, [rows, *amounts]) */
 static PyObject *row_tuple(rows *self, const table_row *row)
 {
-    const uint8_t *at = table_key(self->sums, row);
+    const uint8_t *at = row->key;
+    const table_sum *amounts = table_sums(self->sums, row);
     uint32_t window;
     uint16_t source;
     memcpy(&window, at, 4);
     memcpy(&source, at + 4, 2);
-    int rule = (int8_t)at[6], routed = at[7];
-    at += 8;
+    int rule = at[6] / 2 - MAX_FIELDS, routed = at[6] & 1;
+    at += KEY_HEAD;
     PyObject *value = next_text(&at);
     PyObject *dimensions = PyTuple_New(self->dimensions);
-    PyObject *sums = PyList_New(self->sums->columns);
+    PyObject *sums = PyList_New(1 + self->sums->columns);
     int good = value != NULL && dimensions != NULL && sums != NULL;
     for (unsigned index = 0; good && index < self->dimensions; index++) {
         PyObject *text;
@@ -50,8 +51,8 @@ static PyObject *row_tuple(rows *self, const table_row *row)
         if (good)
             PyTuple_SET_ITEM(dimensions, index, text);
     }
-    for (unsigned index = 0; good && index < self->sums->columns; index++) {
-        PyObject *sum = PyLong_FromUnsignedLongLong(row->sums[index]);
+    for (unsigned index = 0; good && index <= self->sums->columns; index++) {
+        PyObject *sum = PyLong_FromUnsignedLongLong(index ? amounts[index - 1] : row->count);
         good = sum != NULL;
         if (good)
             PyList_SET_ITEM(sums, index, sum);

@@ -5,7 +5,7 @@
 
 #define CHUNK_BITS 18
 #define CHUNK ((size_t)1 << CHUNK_BITS)
-#define MAX_CHUNKS ((uint32_t)1 << (32 - (CHUNK_BITS - 3)))
+#define MAX_CHUNKS ((uint32_t)1 << (32 - (CHUNK_BITS - ROW_BITS)))
 #define FIRST_SLOTS 16
 
 static inline uint64_t rotated(uint64_t value, int by) { return value << by | value >> (64 - by); }
@@ -79,13 +79,14 @@ size_t table_allocated(const table *self)
 
 static inline table_row *row_at(const table *self, uint32_t ref)
 {
-    size_t within = (size_t)(ref & ((1u << (CHUNK_BITS - 3)) - 1)) << 3;
-    return (table_row *)(self->chunks[ref >> (CHUNK_BITS - 3)] + within);
+    size_t within = (size_t)(ref & ((1u << (CHUNK_BITS - ROW_BITS)) - 1)) << ROW_BITS;
+    return (table_row *)(self->chunks[ref >> (CHUNK_BITS - ROW_BITS)] + within + self->columns * sizeof(uint64_t));
 }
 
 static size_t row_size(const table *self, size_t key)
 {
-    return (sizeof(table_row) + self->columns * sizeof(uint64_t) + key + 7) & ~(size_t)7;
+    size_t size = self->columns * sizeof(uint64_t) + ROW_HEAD + key;
+    return (size + (1 << ROW_BITS) - 1) & ~(size_t)((1 << ROW_BITS) - 1);
 }
 
 /* Room for a row; its ref, or 0 where there is no memory. */
@@ -108,12 +109,12 @@ static uint32_t allocate(table *self, size_t size)
         if (chunk == NULL)
             return 0;
         memset(chunk, 0, 8); /* no row begins here, so that no ref is 0 and a rest says that it is one */
-        if (self->chunk_count && self->filled + 4 <= CHUNK)
-            memset(self->chunks[self->chunk_count - 1] + self->filled, 0xff, 4); /* the walk ends here */
+        if (self->chunk_count) /* no key has such a size: the walk ends here */
+            memset(self->chunks[self->chunk_count - 1] + self->filled, 0xff, CHUNK - self->filled);
         self->chunks[self->chunk_count++] = chunk;
         self->filled = 8;
     }
-    uint32_t ref = (self->chunk_count - 1) << (CHUNK_BITS - 3) | (uint32_t)(self->filled >> 3);
+    uint32_t ref = (self->chunk_count - 1) << (CHUNK_BITS - ROW_BITS) | (uint32_t)(self->filled >> ROW_BITS);
     self->filled += size;
     self->held += size;
     return ref;
@@ -151,7 +152,7 @@ table_row *table_find(table *self, const hash_key *secret, const uint8_t *key, s
             if (shard->slots[at].hash != hash)
                 continue;
             table_row *row = row_at(self, shard->slots[at].ref);
-            if (row->size == size && memcmp(table_key(self, row), key, size) == 0)
+            if (row->size == size && memcmp(row->key, key, size) == 0)
                 return row;
         }
     }
@@ -165,10 +166,10 @@ table_row *table_find(table *self, const hash_key *secret, const uint8_t *key, s
     if (!ref)
         return NULL;
     table_row *row = row_at(self, ref);
-    row->size = (uint32_t)size;
-    row->hash = hash;
-    memset(row->sums, 0, self->columns * sizeof(uint64_t));
-    memcpy(row->sums + self->columns, key, size);
+    memset(table_sums(self, row), 0, self->columns * sizeof(uint64_t));
+    row->count = 0;
+    row->size = (uint16_t)size;
+    memcpy(row->key, key, size);
     shard->slots[at] = (table_slot){hash, ref};
     shard->used++;
     self->rows++;
@@ -181,10 +182,11 @@ const table_row *table_next(table *self, uint32_t *chunk, size_t *at)
         size_t end = *chunk + 1 == self->chunk_count ? self->filled : CHUNK;
         if (*at == 0)
             *at = 8;
-        if (*at + sizeof(table_row) > end)
+        size_t head = *at + self->columns * sizeof(uint64_t);
+        if (head + ROW_HEAD > end)
             continue;
-        const table_row *row = (const table_row *)(self->chunks[*chunk] + *at);
-        if (row->size == UINT32_MAX)
+        const table_row *row = (const table_row *)(self->chunks[*chunk] + head);
+        if (row->size > MAX_KEY)
             continue;
         *at += row_size(self, row->size);
         return row;

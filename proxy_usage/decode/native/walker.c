@@ -98,7 +98,7 @@ static PyObject *walker_new(PyTypeObject *type, PyObject *arguments, PyObject *P
     int good = take_fields(self, fields)
         && take_numbers(rule_fields, self->wants.count, MAX_FIELDS, self->rule_fields, &self->rules)
         && take_numbers(dimension_fields, self->wants.count, MAX_FIELDS, self->dimension_fields, &self->dimensions)
-        && take_numbers(columns, QUANTITIES, MAX_COLUMNS - 1, self->column_of, &self->columns)
+        && take_numbers(columns, QUANTITIES, MAX_COLUMNS, self->column_of, &self->columns)
         && take_tests(self, tests);
     const unsigned long long most = 1ull << 42;
     if (good && (window_ms == 0 || window_ms > most || skew_ms > most || horizon_ms > most
@@ -106,7 +106,7 @@ static PyObject *walker_new(PyTypeObject *type, PyObject *arguments, PyObject *P
         good = refuse("a time or the secret is out of range");
     if (good) {
         memcpy(self->secrets, PyBytes_AS_STRING(secret), sizeof self->secrets);
-        self->sums = table_new(1 + self->columns);
+        self->sums = table_new(self->columns);
         if (self->sums == NULL) {
             PyErr_NoMemory();
             good = 0;
@@ -245,7 +245,7 @@ static PyObject *walker_take(walker *self, PyObject *Py_UNUSED(none))
             PyList_SET_ITEM(ended, index, number);
     }
     rows *given = PyObject_New(rows, &rows_type);
-    table *fresh = table_new(1 + self->columns);
+    table *fresh = table_new(self->columns);
     if (given != NULL)
         given->sums = NULL;
     if (fates == NULL || notes == NULL || ended == NULL || given == NULL || fresh == NULL) {

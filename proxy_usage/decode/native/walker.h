@@ -8,8 +8,8 @@
 
 #define QUANTITIES 8
 #define MAX_TYPES 64
-#define MAX_KEY 4096
 #define MAX_SOURCES UINT16_MAX
+#define KEY_HEAD 7 /* of a key: window, source, and rule with whether there is a route; then the texts */
 #define MAX_TESTS 64
 #define MAX_FATES 192
 #define SAME 0xff /* instead of a length in a key: the text is the rule's value */
