@@ -36,27 +36,31 @@ def record(
     """Record what arrives at the running service, for a support case. Ctrl-C ends it early.
 
     FILE gets the messages as `explain` reads them; FILE's name with .streams.json and .received.json in
-    place of its ending the number of each message's stream and its time of receipt in milliseconds.
+    place of its ending the number of each message's stream and its time of receipt in milliseconds. Of
+    several workers, all record, and it ends when the first of them has its share of --size.
     """
+    from proxy_usage.cli.recordings import Recording
     from proxy_usage.config.units import parse_size
-    from proxy_usage.control import NotRunning, call, socket_path
+    from proxy_usage.config.workers import worker_path
+    from proxy_usage.control import NotRunning, socket_path
 
     loaded = load_config(config)
-    socket = socket_path(loaded.store.path)
     path = file.absolute()
+    stores = {worker: worker_path(loaded.store.path, worker) for worker in range(loaded.workers)}
+    recording = Recording({worker: socket_path(store) for worker, store in stores.items()}, path)
     try:
-        call(socket, "record.start", path=str(path), max_bytes=_size(limit, parse_size), seconds=seconds)
+        recording.start(max_bytes=_size(limit, parse_size), seconds=seconds)
     except NotRunning as error:
         raise ProxyUsageError(
             "no service runs here, so nothing arrives", hint="start it with proxy-usage run, then record"
         ) from error
     try:
-        while _running(call(socket, "record.status")):
+        while recording.running():
             time.sleep(ASK_EVERY_S)
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # pressed twice: the file is still ended properly
-            call(socket, "record.stop")
-    answer: Any = call(socket, "record.status")
+            recording.stop()
+    answer = recording.end()
     left_out = 0
     if hashed:
         from proxy_usage.cli.redact import redact
@@ -67,10 +71,14 @@ def record(
     if as_json:
         emit({**answer, "hashed": hashed, "left_out": left_out})
         return
-    ended = {"time": "time is up", "size": "it is as large as it may be", "stopped": "stopped"}
-    print(f"{answer['messages']} messages, {size(answer['bytes'])}, in {path} ({ended.get(answer['ended'])})")
-    if loaded.workers > 1:
-        print(f"it is what came to worker 0 of {loaded.workers}")
+    ended = {"time": "time is up", "size": "it is as large as it may be"}.get(
+        answer["ended"], answer["ended"]
+    )
+    print(f"{answer['messages']} messages, {size(answer['bytes'])}, in {path} ({ended})")
+    for worker in recording.down:
+        print(f"worker {worker} was down: what came to it meanwhile is not in it")
+    for part in recording.left:
+        print(f"{part} is of a worker that died: its end may be cut, and its streams are not told apart")
     if left_out:
         print(f"{left_out} rows that cannot be read were left out: nobody can say what they tell")
     print(f"see what becomes of them: proxy-usage explain {path}")
@@ -93,7 +101,3 @@ def _size(text: str, parse: Any) -> int:
     except ValueError as error:
         raise UsageError(f"--size: {error}", hint="write it like 64MiB") from None
     return limit
-
-
-def _running(status: object) -> bool:
-    return isinstance(status, dict) and bool(status.get("running"))

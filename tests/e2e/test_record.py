@@ -2,14 +2,18 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import AlsClient
-from program import Sink
+from program import Sink, eventually, intake_rows
 from wire import captured
+
+from proxy_usage.config.workers import worker_path
 
 pytestmark = pytest.mark.e2e
 
@@ -105,3 +109,54 @@ async def test_without_a_service_nothing_is_recorded(tmp_path: Path) -> None:
     assert ended.status == 1
     assert "no service runs here" in ended.said
     assert not (tmp_path / "none.binpb").exists()
+
+
+async def test_a_recording_is_of_all_workers(tmp_path: Path) -> None:
+    async with Sink(tmp_path, url="http://127.0.0.1:1/", settings={"workers": 2}) as sink:
+        path = tmp_path / "both.binpb"
+        recording = asyncio.create_task(
+            sink.cli("record", str(path), "--seconds", "5", "--json"), name="record"
+        )
+        parts = [tmp_path / f"both.worker-{worker}.binpb" for worker in range(2)]
+        await eventually(lambda: all(part.exists() for part in parts), "all record", why=sink.said)
+        sent = 0
+        while not all(sum(intake_rows(worker_path(sink.store, worker)).values()) for worker in range(2)):
+            assert sent < 1_000, "some worker gets no connection"
+            sent += await _send(sink, "h1_basic")
+        ended = await recording
+        assert ended.status == 0, ended.said
+        assert json.loads(ended.said[ended.said.index("{") :])["messages"] == sent
+
+        assert not any(part.exists() for part in parts)
+        received = json.loads(path.with_suffix(".received.json").read_text())
+        assert received == sorted(received)
+        assert len(received) == sent
+        assert path.stat().st_mode & 0o777 == 0o600
+        totals = await _totals(sink, path)
+        original = await _totals(sink, Path(__file__).parent.parent / "data" / "captures" / "h1_basic.binpb")
+        times, rest = divmod(totals["tenants"]["alpha"]["requests"], original["tenants"]["alpha"]["requests"])
+        assert (times, rest) == (sent // _messages("h1_basic"), 0)
+
+        again = await sink.cli("record", str(path))
+        assert again.status == 2
+        assert "File exists" in again.said
+        assert not any(part.exists() for part in parts)
+
+
+def _messages(name: str) -> int:
+    return len(list(captured(name)))
+
+
+async def test_a_worker_that_dies_ends_the_recording_and_its_part_is_kept(tmp_path: Path) -> None:
+    async with Sink(tmp_path, url="http://127.0.0.1:1/", settings={"workers": 2}) as sink:
+        path = tmp_path / "both.binpb"
+        recording = asyncio.create_task(sink.cli("record", str(path), "--seconds", "60"), name="record")
+        parts = [tmp_path / f"both.worker-{worker}.binpb" for worker in range(2)]
+        await eventually(lambda: all(part.exists() for part in parts), "all record", why=sink.said)
+        lock = worker_path(sink.store, 1)
+        os.kill(int(lock.with_name(lock.name + ".lock").read_text().split()[1]), signal.SIGKILL)
+        ended = await recording
+        assert ended.status == 0, ended.said
+        assert "(worker 1 died)" in ended.said
+        assert f"{parts[1]} is of a worker that died" in ended.said
+        assert [part.exists() for part in parts] == [False, True]
