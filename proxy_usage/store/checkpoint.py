@@ -21,9 +21,10 @@ from proxy_usage.events import Mint
 from proxy_usage.intake import HTTP, Source, by_node
 from proxy_usage.model import Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
-from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, counters, tally
+from proxy_usage.store.database import Database, add_counters, counters
 from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
 from proxy_usage.store.origins import NumberOf, OriginBook
+from proxy_usage.store.queued import Queued
 from proxy_usage.store.records import Record, encode, fold_log, records_of
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
@@ -233,51 +234,31 @@ class Checkpoints:
     def _close(
         self, db: sqlite3.Connection, cells: Iterable[Cell], mint: Mint, now_ms: int
     ) -> tuple[Event, ...]:
-        events: list[Event] = []
-        sums: Sums = {}
+        queued = Queued(self.outputs, now_ms)
         hours: Hours = {}
+        keys: dict[Key, tuple[int, dict[str, int]]] = {}  # two cells of a key may close at once
         names = [meter.name for meter in mint.meters]
         for cell in cells:
-            number, stored = key_number(db, cell.key, mint.dimensions, now_ms)
+            known = keys.get(cell.key)
+            if known is None:
+                known = keys[cell.key] = key_number(db, cell.key, mint.dimensions, now_ms)
+            number, stored = known
             minted = mint.mint(cell, [stored.pop(name, 0) for name in names], now_ms)
             # What is left in `stored` belongs to meters of an earlier layout and waits to be written off.
             stored.update((name, left) for name, left in zip(names, minted.remainders, strict=True) if left)
-            db.execute("UPDATE keys SET remainders=?, used_ms=? WHERE key=?", (dumps(stored), now_ms, number))
             for event in minted.events:
                 meter = names[event.meter]
-                self._queue(db, event, number, meter, now_ms, sums)
+                queued.add(event, number, meter)
                 count, value = hours.get((event.window_ms, meter), (0, 0))
                 hours[event.window_ms, meter] = (count + 1, value + event.value)
-            events.extend(minted.events)
-        add_tallies(db, sums)
+        db.executemany(
+            "UPDATE keys SET remainders=?, used_ms=? WHERE key=?",
+            [(dumps(stored), now_ms, number) for number, stored in keys.values()],
+        )
+        queued.write(db)
         if hours:
             add_hours(db, hours, now_ms)
-        return tuple(events)
-
-    def _queue(
-        self, db: sqlite3.Connection, event: Event, key: int, meter: str, now_ms: int, sums: Sums
-    ) -> None:
-        """Gives an event to every output; one that none will send leaves its ledger rows and no bytes."""
-        tally(sums, 0, "minted", meter, event.value)
-        fates = [(slot.output, slot.fate(event.window_ms)) for slot in self.outputs]
-        waiting = [output for output, fate in fates if fate == "pending"]
-        if waiting:
-            seq = db.execute(
-                "INSERT INTO events(id,key,meter,window_ms,value,minted_ms,outputs,given,body)"
-                " VALUES(?,?,?,?,?,?,?7,?7,?)",
-                (event.id, key, meter, event.window_ms, event.value, now_ms, len(waiting), event.body),
-            ).lastrowid
-            db.executemany(
-                "INSERT INTO deliveries(output, seq) VALUES(?,?)", [(output, seq) for output in waiting]
-            )
-        for output, fate in fates:
-            tally(sums, output, fate, meter, event.value)
-            if fate != "pending":
-                db.execute(
-                    "INSERT INTO ledger(output,fate,key,meter,window_ms,value,at_ms,answer,id)"
-                    " VALUES(?,?,?,?,?,?,?,0,?)",
-                    (output, fate, key, meter, event.window_ms, event.value, now_ms, event.id),
-                )
+        return tuple(queued.events)
 
     @staticmethod
     def _numbers(db: sqlite3.Connection, mint: Mint, now_ms: int) -> NumberOf:

@@ -314,6 +314,9 @@ def connect_readonly(path: Path) -> sqlite3.Connection:
     return db
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
+
+
 def dumps(value: object) -> str:
     """Compact JSON with sorted keys: equal values are equal text."""
-    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+    return _ENCODER.encode(value)

@@ -448,6 +448,19 @@ def test_an_event_that_no_output_sends_leaves_its_ledger_row_and_no_bytes(tmp_pa
         assert store.rows("SELECT fate, id, value, window_ms FROM ledger") == [("recorded", id_, 1, T0)]
 
 
+def test_events_of_a_turn_follow_each_other_and_no_number_comes_again(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for _ in range(2):
+            (last,) = store.rows("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name='events'")[0]
+            ids = store.add(*(f"t{number}" for number in range(5)))
+            assert store.rows("SELECT seq, id FROM events ORDER BY seq") == [
+                (last + place, id_) for place, id_ in enumerate(ids, start=1)
+            ]
+            assert store.rows("SELECT seq FROM deliveries ORDER BY seq") == [(last + n,) for n in range(1, 6)]
+            store.db.execute("DELETE FROM events")
+            store.db.execute("DELETE FROM deliveries")
+
+
 def test_outputs_keep_their_numbers_and_a_new_one_gets_what_is_minted_after_it(tmp_path: Path) -> None:
     with Store(tmp_path, outputs=[OutputSlot(0, "b")]) as store:
         store.add("alpha")
