@@ -5,10 +5,10 @@ import re
 from datetime import UTC, datetime
 
 import pytest
+import ulid as reference
 from hypothesis import given
 from hypothesis import strategies as st
 from money import DAY_MS, DIMENSIONS, METERS, MINUTE_MS, SOURCE, T0, cell, key, mint
-from ulid import ULID as Reference
 
 from proxy_usage.events import RANDOM_BYTES, Mint, Minted, rfc3339, ulid
 from proxy_usage.model import MAX_EVENT_VALUE, NS_PER_SECOND, Amounts
@@ -117,20 +117,23 @@ def test_the_bits_of_an_id_are_the_moment_and_the_dice() -> None:
 
 @given(st.integers(0, (1 << 48) - 1), st.binary(min_size=RANDOM_BYTES, max_size=RANDOM_BYTES))
 def test_an_id_is_written_as_the_reference_writes_it(time_ms: int, randomness: bytes) -> None:
-    assert ulid(time_ms, randomness) == str(Reference.from_bytes(time_ms.to_bytes(6, "big") + randomness))
+    assert ulid(time_ms, randomness) == str(
+        reference.ULID.from_bytes(time_ms.to_bytes(6, "big") + randomness)
+    )
 
 
 def test_no_id_has_randomness_of_another() -> None:
     drawn: list[bytes] = []
 
     def random(count: int) -> bytes:
-        fresh = b"".join((len(drawn) * 1_000 + n).to_bytes(RANDOM_BYTES) for n in range(count // RANDOM_BYTES))
+        numbers = range(len(drawn) * 1_000, len(drawn) * 1_000 + count // RANDOM_BYTES)
+        fresh = b"".join(number.to_bytes(RANDOM_BYTES) for number in numbers)
         drawn.append(fresh)
         return fresh
 
     maker = Mint(METERS, DIMENSIONS, SOURCE, MINUTE_MS, random=random)
     ids = [maker.mint(cell((1, 0, 0, 0)), NOTHING, 0).events[0].id for _ in range(350)]
-    taken = b"".join(Reference.from_str(id_).bytes[-RANDOM_BYTES:] for id_ in ids)
+    taken = b"".join(reference.ULID.from_str(id_).bytes[-RANDOM_BYTES:] for id_ in ids)
     assert taken == b"".join(drawn)[: len(taken)]
 
 
