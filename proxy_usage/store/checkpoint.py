@@ -23,8 +23,8 @@ from proxy_usage.model import Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
 from proxy_usage.store.database import Database, add_counters, counters
 from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
+from proxy_usage.store.mintage import Mintage
 from proxy_usage.store.origins import NumberOf, OriginBook
-from proxy_usage.store.queued import Queued
 from proxy_usage.store.records import Record, encode, fold_log, records_of
 from proxy_usage.store.schema import dumps
 from proxy_usage.store.streams import load_streams, relay_streams, save_streams
@@ -234,7 +234,7 @@ class Checkpoints:
     def _close(
         self, db: sqlite3.Connection, cells: Iterable[Cell], mint: Mint, now_ms: int
     ) -> tuple[Event, ...]:
-        queued = Queued(self.outputs, now_ms)
+        mintage = Mintage(self.outputs, now_ms)
         hours: Hours = {}
         keys: dict[Key, tuple[int, dict[str, int]]] = {}  # two cells of a key may close at once
         names = [meter.name for meter in mint.meters]
@@ -248,17 +248,17 @@ class Checkpoints:
             stored.update((name, left) for name, left in zip(names, minted.remainders, strict=True) if left)
             for event in minted.events:
                 meter = names[event.meter]
-                queued.add(event, number, meter)
+                mintage.add(event, number, meter)
                 count, value = hours.get((event.window_ms, meter), (0, 0))
                 hours[event.window_ms, meter] = (count + 1, value + event.value)
         db.executemany(
             "UPDATE keys SET remainders=?, used_ms=? WHERE key=?",
             [(dumps(stored), now_ms, number) for number, stored in keys.values()],
         )
-        queued.write(db)
+        mintage.write(db)
         if hours:
             add_hours(db, hours, now_ms)
-        return tuple(queued.events)
+        return tuple(mintage.events)
 
     @staticmethod
     def _numbers(db: sqlite3.Connection, mint: Mint, now_ms: int) -> NumberOf:

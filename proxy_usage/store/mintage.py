@@ -1,4 +1,4 @@
-"""Events on their way into the queue, within a transaction: noted one by one, written together.
+"""What one transaction mints: noted event by event, written into the queue together.
 
 minted ──┬─▶ an output that will send it: ``events`` and ``deliveries``
          └─▶ one that will not, for its window is none of that output's: the ledger
@@ -19,8 +19,8 @@ _INSERT = (
 )
 
 
-class Queued:
-    """The events of one transaction.
+class Mintage:
+    """The events that one transaction mints.
 
     Args:
         outputs: every one of them is given each event, or has it in its ledger.
