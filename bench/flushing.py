@@ -35,7 +35,7 @@ SECONDS = 10
 """Of a round: a whole number of every interval."""
 DOWN_S = 1
 """How long a sink is away, besides the time it takes to start."""
-QUIET_S = 2
+QUIET_S = 1.5
 """For a message to be read and stored."""
 POLL_S = 0.02
 WRITTEN = "access_logs.grpc_access_log.logs_written"
@@ -90,7 +90,7 @@ async def measure(fold: str) -> dict[str, Any]:
                 ("sink_killed", _sink_killed),
                 ("sink_restarted", _sink_restarted),
             ):
-                lost = await _trials(pairs, trial)
+                lost = await trials(pairs, trial)
                 for one, rows in zip(figures["intervals"], lost, strict=True):
                     one[name] = rows
     return figures
@@ -142,7 +142,7 @@ Trial = Callable[[Pair, float], Awaitable[int]]
 """Rows lost by a pair. The other argument says where in its interval it happens, from 0 to 1."""
 
 
-async def _trials(pairs: Sequence[Pair], trial: Trial) -> list[list[int]]:
+async def trials(pairs: Sequence[Pair], trial: Trial) -> list[list[int]]:
     """By pair what each round lost, at phases that are spread evenly."""
     rounds = [
         await asyncio.gather(*(trial(pair, (number + 0.5) / ROUNDS) for pair in pairs))

@@ -226,7 +226,7 @@ def envoy(results: dict[str, Any]) -> str:
 
 def flush(results: dict[str, Any]) -> str:
     one = results["flush"]["figures"]
-    idle = [us / one["rate"] for us in one["idle_us_s"]]
+    idle_ms = [us / 1_000 for us in one["idle_us_s"]]
     cost, loss = [], []
     for each in one["intervals"]:
         interval = f"{each['interval_ms']:,} ms"
@@ -234,7 +234,9 @@ def flush(results: dict[str, Any]) -> str:
             middle([a / b for a, b in zip(each[name], each["messages"], strict=True)])[0]
             for name in ("requests", "bytes")
         )
-        beyond = [a - b for a, b in zip(each["us_row"], idle, strict=True)]
+        beyond = [
+            used - idle / one["rate"] for used, idle in zip(each["us_row"], one["idle_us_s"], strict=True)
+        ]
         figures = [spread(values, 1) for values in (each["us_row"], beyond, each["us_request"])]
         cost.append([interval, f"{rows:,.0f}", f"{size / 1024:,.0f}", *figures])
         lost = [spread(each[name], 0) for name in ("envoy_killed", "sink_killed", "sink_restarted")]
@@ -245,7 +247,7 @@ def flush(results: dict[str, Any]) -> str:
     ]
     return (
         table(head, cost)
-        + f"\nAn idle sink took {spread(idle, 1)} ms of processor time a second meanwhile.\n\n"
+        + f"\nAn idle sink took {spread(idle_ms, 1)} ms of processor time a second meanwhile.\n\n"
         + table(["buffer_flush_interval", "rows lost: Envoy killed", "sink killed", "sink restarted"], loss)
     )
 
