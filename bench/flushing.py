@@ -41,7 +41,9 @@ POLL_S = 0.02
 WRITTEN = "access_logs.grpc_access_log.logs_written"
 """Rows of requests that Envoy has put into its buffer."""
 FLUSHED = "access_logs.grpc_access_log.grpc_entries_flushed"
-"""Rows that it has handed over, a few of connections among them."""
+"""Rows that it has handed over, those of connections among them."""
+CLOSED = "http.ingress.downstream_cx_destroy"
+"""Connections that have ended: each has a row."""
 SENT = "cluster.usage.upstream_cx_tx_bytes_total"
 AT_LEAST_BYTES = 4 << 10
 """Of a message: what Envoy sends a sink besides, answers to pings, is far less."""
@@ -122,7 +124,7 @@ async def _cost(pairs: Sequence[Pair], idle: Pair) -> dict[str, Any]:
             for name, value in found.items():
                 one.setdefault(name, []).append(value)
     for load, pair in zip(loads, pairs, strict=True):
-        if lost := await _missing(pair, 0, (await load)["requests"]):
+        if lost := await _missing(pair, 0, (await load)["requests"], closed=0):
             raise BenchError(f"{lost} rows were lost although nobody was away")
     return {"rate": RATE, "idle_us_s": idle_us_s, "intervals": intervals}
 
@@ -157,7 +159,7 @@ async def _envoy_killed(pair: Pair, phase: float) -> int:
     load = asyncio.create_task(send(pair.envoy.port, 3 * pair.interval + 3, RATE, cut_off=True))
     await asyncio.sleep(max(1, pair.interval) + phase * pair.interval)
     pair.envoy.kill()
-    missing = await _missing(pair, before, (await load)["requests"], alive=False)
+    missing = await _missing(pair, before, (await load)["requests"], closed=None)
     await _restart(pair.envoy)
     return missing
 
@@ -187,12 +189,12 @@ async def _sink_restarted(pair: Pair, phase: float) -> int:
 
 async def _sink_away(pair: Pair, within_s: float, end: Callable[[], Awaitable[None]]) -> int:
     """Rows lost while a sink is ended under load and started again."""
-    before = await _read(pair)
+    before, closed = await _read(pair), await pair.stat(CLOSED)
     load = asyncio.create_task(send(pair.envoy.port, within_s + DOWN_S + 2, RATE))
     await end()
     await asyncio.sleep(DOWN_S)
     await pair.sink.start()
-    return await _missing(pair, before, (await load)["requests"])
+    return await _missing(pair, before, (await load)["requests"], closed=closed)
 
 
 async def _restart(envoy: EnvoyProcess) -> None:
@@ -205,17 +207,18 @@ async def _read(pair: Pair) -> int:
     return await asyncio.to_thread(rows_read, pair.sink)
 
 
-async def _missing(pair: Pair, before: int, requests: int, *, alive: bool = True) -> int:
+async def _missing(pair: Pair, before: int, requests: int, *, closed: int | None) -> int:
     """Requests less the rows that were read since ``before``, once nothing more comes.
 
-    ``alive``: whether Envoy is, so that all that it has written will be flushed. A flush that finds the
-    connection full is made up for an interval later, so that this may take more than one.
+    ``closed``: connections that had ended before the requests were sent, whose rows are among those flushed;
+    None: Envoy is gone, and what it had not flushed with it. A flush that finds the connection full is made
+    up for an interval later, so that waiting for an interval is not enough.
     """
     async with asyncio.timeout(DEADLINE_S):
-        buffered = alive
+        buffered = closed is not None
         while buffered:
             await asyncio.sleep(POLL_S)
-            buffered = await pair.stat(WRITTEN) > await pair.stat(FLUSHED)
+            buffered = await pair.stat(WRITTEN) + (closed or 0) > await pair.stat(FLUSHED)
     read, since = await _read(pair), time.monotonic()
     while read - before < requests and time.monotonic() < since + QUIET_S:
         await asyncio.sleep(POLL_S)
