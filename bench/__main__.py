@@ -1,9 +1,9 @@
 """``python -m bench [--full] [--save] [PART ...]``: measures, prints, and keeps the results.
 
-Parts: cases (servers under load), decoding, tenants, delivering, residence, envoy; all but envoy unless some
-are named, with ``--full`` all. ``--full`` takes the whole matrix; the quick profile is ten minutes. ``--case
-NAME`` takes one case of it. Results go to build/bench/results.json; with ``--save`` to bench/results.json,
-and the tables and plots of docs/performance.md are written from it.
+Parts: cases (servers under load), decoding, tenants, delivering, residence, envoy, flush. Unless some are
+named, all but the last two, which need a real Envoy; with ``--full`` these, too, and the whole matrix. The
+quick profile is ten minutes. ``--case NAME`` takes one case. Results go to build/bench/results.json; with
+``--save`` to bench/results.json, and the tables and plots of docs/performance.md are written from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from bench.messages import KIB
 from bench.processes import OTHER_CORE, BenchError
 from bench.rounds import run_case
 
-PARTS = ("decoding", "cases", "tenants", "delivering", "residence", "envoy")
+ENVOY_PARTS = ("envoy", "flush")
+PARTS = ("decoding", "cases", "tenants", "delivering", "residence", *ENVOY_PARTS)
 QUICK_TENANTS = (1_000, 100_000)
 FULL_TENANTS = (10, 1_000, 100_000, 1_000_000)
 QUICK_SHAPES = (("http", 16), ("http", 256), ("tcp", 16))
@@ -53,7 +54,7 @@ def main() -> int:
         print(f"{error}\nPython sends in its place, which holds the fastest servers up")
     began = time.monotonic()
     try:
-        for part in given.parts or (PARTS if given.full else PARTS[:-1]):
+        for part in given.parts or (PARTS if given.full else PARTS[: -len(ENVOY_PARTS)]):
             _run(part, folds, path, full=given.full, only=tuple(filter(None, given.case.split(","))))
     except (BenchError, NotBuilt) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -96,10 +97,14 @@ def _run(part: str, folds: list[str], path: Path, *, full: bool, only: tuple[str
         figures = asyncio.run(delivering.measure(folds[0]))
     elif part == "residence":
         figures = asyncio.run(residence.measure(folds[0]))
-    else:
+    elif part == "envoy":
         from bench import envoys
 
         figures = asyncio.run(envoys.measure(folds[0]))
+    else:
+        from bench import flushing
+
+        figures = asyncio.run(flushing.measure(folds[0]))
     results.add(path, part, figures)
     print(tables.part_text(part, results.read(path)), flush=True)
 

@@ -59,22 +59,22 @@ async def _cost(directory: Path, fold: str) -> dict[str, Any]:
         await sink.start()
         running.push_async_callback(sink.kill)
         envoys = {
-            "none": await running.enter_async_context(_envoy(directory, "none", None, 0)),
+            "none": await running.enter_async_context(envoy_with(directory, "none", None, 0)),
             "16 KiB": await running.enter_async_context(
-                _envoy(directory, "small", sink.port, DEFAULT_BUFFER)
+                envoy_with(directory, "small", sink.port, DEFAULT_BUFFER)
             ),
             "16 MiB": await running.enter_async_context(
-                _envoy(directory, "large", sink.port, RECOMMENDED_BUFFER)
+                envoy_with(directory, "large", sink.port, RECOMMENDED_BUFFER)
             ),
         }
         for envoy in envoys.values():
-            _pin(envoy.pid)
-            await _send(envoy.port, 0.5, 0)
+            pin(envoy.pid)
+            await send(envoy.port, 0.5, 0)
         for rate in (STEADY, 0):
             for _ in range(ROUNDS):
                 for name, envoy in envoys.items():
                     before, sink_before = cpu_us(envoy.pid), cpu_us(sink.pid)
-                    sent = await _send(envoy.port, SECONDS, rate)
+                    sent = await send(envoy.port, SECONDS, rate)
                     await asyncio.sleep(1.5 * FLUSH_MS / 1_000)  # the rest of the buffer goes out
                     label = f"{name}, {rate:,} requests a second" if rate else f"{name}, saturated"
                     used = (cpu_us(envoy.pid) - before) / sent["requests"]
@@ -94,8 +94,8 @@ async def _loss(directory: Path, buffer: int, fold: str) -> dict[str, Any]:
             sink.core = OTHER_CORE
             await sink.start()
             try:
-                async with _envoy(place, "envoy", sink.port, buffer) as envoy:
-                    load = asyncio.create_task(_send(envoy.port, LOSS_SECONDS, LOSS_RATE))
+                async with envoy_with(place, "envoy", sink.port, buffer) as envoy:
+                    load = asyncio.create_task(send(envoy.port, LOSS_SECONDS, LOSS_RATE))
                     await asyncio.sleep(2 + trial * FLUSH_MS / 1_000 / LOSS_TRIALS)
                     began = time.monotonic()
                     await sink.stop()
@@ -108,33 +108,45 @@ async def _loss(directory: Path, buffer: int, fold: str) -> dict[str, Any]:
                 await sink.stop()
             finally:
                 await sink.kill()
-            with Reader(sink.directory / "usage.db") as reader:
-                rows = reader.status().rows
-            # The listener's rows, one a connection, are skipped under a reason of their own.
-            read = sum(sum(by.values()) for by in rows.values()) - rows.get("skipped", {}).get("listener", 0)
-            lost.append(sent["requests"] - read)
+            lost.append(sent["requests"] - rows_read(sink))
             meanwhile.append(round(away_s * LOSS_RATE))
     return {"buffer": buffer, "meanwhile": meanwhile, "lost": lost}
 
 
-def _envoy(directory: Path, name: str, sink_port: int | None, buffer: int) -> EnvoyProcess:
+def rows_read(sink: OurSink) -> int:
+    """Rows of requests that have a fate in the sink's store, whether it runs or not."""
+    with Reader(sink.directory / "usage.db") as reader:
+        rows = reader.status().rows
+    # The listener's rows, one a connection, are skipped under a reason of their own.
+    return sum(sum(by.values()) for by in rows.values()) - rows.get("skipped", {}).get("listener", 0)
+
+
+def envoy_with(
+    directory: Path, name: str, sink_port: int | None, buffer: int, flush_ms: int = FLUSH_MS
+) -> EnvoyProcess:
+    """An Envoy that answers ``/static`` itself, with a gRPC log to the sink, if there is one."""
     options = EnvoyOptions(
         tenants=(TENANT,),
         upstream=("127.0.0.1", 9),  # nobody: every request is answered by Envoy itself
         als=[("127.0.0.1", sink_port)] if sink_port else [],
         node_id=f"bench-{name}",
-        buffer_flush_ms=FLUSH_MS,
+        buffer_flush_ms=flush_ms,
         buffer_bytes=buffer,
     )
-    return EnvoyProcess(bootstrap(options), directory, name=name, buffer_flush_ms=FLUSH_MS)
+    return EnvoyProcess(bootstrap(options), directory, name=name, buffer_flush_ms=flush_ms)
 
 
-async def _send(port: int, seconds: float, rate: float) -> dict[str, Any]:
+async def send(port: int, seconds: float, rate: float, *, cut_off: bool = False) -> dict[str, Any]:
+    """Sends requests over connections that stay open; ``rate`` a second, 0: as many as are answered.
+
+    Returns what bench/peers/requests.cc counted. Raises BenchError for an answer other than 200 and, unless
+    ``cut_off`` says that Envoy ends meanwhile, for a connection that broke.
+    """
     words = [str(BUILD / "requests-cpp"), str(port), str(CONNECTIONS), TENANT.host, "/static"]
     words += [str(seconds), str(rate)]
     process = await spawn(words, OTHER_CORE, stdout=asyncio.subprocess.PIPE)
     said, _ = await process.communicate()
-    if process.returncode:
+    if process.returncode and not (cut_off and said):
         raise BenchError(f"requests failed: {said.decode()}")
     sent: dict[str, Any] = json.loads(said)
     if sent["others"]:
@@ -142,7 +154,7 @@ async def _send(port: int, seconds: float, rate: float) -> dict[str, Any]:
     return sent
 
 
-def _pin(pid: int) -> None:
-    """All threads of a process to the core of servers."""
+def pin(pid: int) -> None:
+    """Puts all threads of a process on the core of servers."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), {SERVER_CORE})

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def cpu_us(pid: int) -> int:
     """Processor time of a process so far in microseconds, threads that ended included; 10 ms steps."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * TICK_US
+
+
+def cpu_ns(pid: int) -> int:
+    """The same in nanoseconds and without steps: the process' clock, as clock_getcpuclockid(3) gives it."""
+    return time.clock_gettime_ns(~pid << 3 | 2)
 
 
 def memory(pid: int, field: str = "VmRSS") -> int:

@@ -224,6 +224,34 @@ def envoy(results: dict[str, Any]) -> str:
     return cost + "\n" + table(["buffer_size_bytes", "requests while the sink was away", "rows lost"], rows)
 
 
+def flush(results: dict[str, Any]) -> str:
+    one = results["flush"]["figures"]
+    idle_ms = [us / 1_000 for us in one["idle_us_s"]]
+    cost, loss = [], []
+    for each in one["intervals"]:
+        interval = f"{each['interval_ms']:,} ms"
+        rows, size = (
+            middle([a / b for a, b in zip(each[name], each["messages"], strict=True)])[0]
+            for name in ("requests", "bytes")
+        )
+        beyond = [
+            used - idle / one["rate"] for used, idle in zip(each["us_row"], one["idle_us_s"], strict=True)
+        ]
+        figures = [spread(values, 1) for values in (each["us_row"], beyond, each["us_request"])]
+        cost.append([interval, f"{rows:,.0f}", f"{size / 1024:,.0f}", *figures])
+        lost = [spread(each[name], 0) for name in ("envoy_killed", "sink_killed", "sink_restarted")]
+        loss.append([interval, *lost])
+    head = [
+        *("buffer_flush_interval", "rows a message", "KiB a message", "sink: µs a row"),
+        *("beyond an idle sink's", "Envoy: µs a request"),
+    ]
+    return (
+        table(head, cost)
+        + f"\nAn idle sink took {spread(idle_ms, 1)} ms of processor time a second meanwhile.\n\n"
+        + table(["buffer_flush_interval", "rows lost: Envoy killed", "sink killed", "sink restarted"], loss)
+    )
+
+
 def machine(results: dict[str, Any]) -> str:
     measured = results["cases"]["measured"]
     names = (
@@ -253,6 +281,7 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "delivering": ("delivering", delivering),
     "residence": ("residence", residence),
     "envoy": ("envoy", envoy),
+    "flush": ("flush", flush),
 }
 """By its name in the page: the part of the results it needs, and what writes it."""
 

@@ -1,7 +1,9 @@
 """The benchmark's own parts: what it sends, what it makes of results, that the page says what they are."""
 
+import os
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from envoy.service.accesslog.v3 import als_pb2
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import check, plots, results, tables  # noqa: E402
+from bench import check, flushing, plots, results, tables  # noqa: E402
 from bench.cases import CASES  # noqa: E402
 from bench.decoding import Upb  # noqa: E402
 from bench.messages import KIB, hello, messages, numbered, places, read, write  # noqa: E402
 from bench.peers.server import Folds, Naive, Windows  # noqa: E402
+from bench.processes import cpu_ns  # noqa: E402
 
 SECOND = 1_800_000_000
 
@@ -106,6 +109,55 @@ def test_results_have_five_rounds_and_say_where_they_come_from() -> None:
     assert {case.name for case in CASES if case.quick} <= cases.keys()
     for case in cases.values():
         assert {len(server["us_entry"]) for server in case["servers"].values()} == {5}
+
+
+def test_the_flush_interval_was_measured_at_one_rate_and_as_often_each() -> None:
+    figures = results.read(results.COMMITTED)["flush"]["figures"]
+    intervals = figures["intervals"]
+    assert [one["interval_ms"] for one in intervals] == list(flushing.INTERVALS_MS)
+    for one in intervals:
+        rounds = [values for name, values in one.items() if name != "interval_ms"]
+        assert {len(values) for values in rounds} == {len(figures["idle_us_s"])} == {flushing.ROUNDS}
+        held = figures["rate"] * flushing.SECONDS
+        assert one["requests"] == pytest.approx([held] * flushing.ROUNDS, rel=0.1)
+        for name in ("envoy_killed", "sink_killed", "sink_restarted"):
+            assert min(one[name]) >= 0, "rows of one trial were counted in another"
+
+
+def test_what_an_idle_sink_takes_is_subtracted_round_by_round() -> None:
+    one = {
+        "interval_ms": 1_000,
+        "requests": [400, 400],
+        "messages": [4, 2],
+        "bytes": [40_960, 61_440],
+        "us_row": [25.0, 45.0],
+        "us_request": [90.0, 110.0],
+        "envoy_killed": [30, 50],
+        "sink_killed": [100, 100],
+        "sink_restarted": [0, 0],
+    }
+    figures = {"rate": 100, "idle_us_s": [2_000, 4_000], "intervals": [one]}
+    lines = tables.part_text("flush", {"flush": {"figures": figures}}).splitlines()
+    cost = "| 1,000 ms | 150 | 20 | 35.0 (25.0–45.0) | 5.0 (5.0–5.0) | 100.0 (90.0–110.0) |"
+    idle = "An idle sink took 3.0 (2.0–4.0) ms of processor time a second meanwhile."
+    loss = "| 1,000 ms | 40 (30–50) | 100 (100–100) | 0 (0–0) |"
+    assert [line for line in lines if line in {cost, idle, loss}] == [cost, idle, loss]
+
+
+async def test_trials_are_spread_over_the_interval_and_listed_by_pair() -> None:
+    pairs: list[Any] = [100, 1_000]
+
+    async def trial(pair: Any, phase: float) -> int:
+        lost: int = round(pair * phase * 2 * flushing.ROUNDS)
+        return lost
+
+    expected = [[pair * odd for odd in range(1, 2 * flushing.ROUNDS, 2)] for pair in pairs]
+    assert await flushing.trials(pairs, trial) == expected
+
+
+def test_a_process_time_has_no_steps() -> None:
+    before, found, after = time.process_time_ns(), cpu_ns(os.getpid()), time.process_time_ns()
+    assert before <= found <= after
 
 
 def test_a_worse_ratio_is_found() -> None:
