@@ -35,6 +35,10 @@ log = structlog.get_logger()
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 LOOK_S, CLOSE_LOOK_S = 0.1, 0.02
 """How often it is looked whether streams have to end; the latter where ``Room.needs_close_look``."""
+NOTICE_S = 0.6
+"""A stream goes on for so long after its port was closed: Envoy's health checks, every 250 ms as recommended,
+notice within. An Envoy that believes in the port opens its next stream at once, and loses what it sends; one
+that knows better keeps it. (At a flush interval of 100 ms, 10 of 12 restarts lost a flush or two.)"""
 _BROKEN_OFF_S = 0.05
 """A stream that broke off reads like one that ended; so soon afterwards gRPC tells them apart."""
 
@@ -156,14 +160,17 @@ class Receiver:
     async def drain(self, timeout_s: float) -> None:
         """Ends all streams without losing what was sent on them.
 
-        Health says NOT_SERVING, GOAWAY goes out; each stream is read on and ended with OK after its next
-        message or when it is quiet. (Waiting for quiet alone never ends under load.)
+        Health says NOT_SERVING, the port is closed, GOAWAY goes out. When Envoy has noticed, each stream is
+        read on and ended with OK after its next message or when it is quiet. (Waiting for quiet alone never
+        ends under load.)
         """
         if self._server is None:
             return
-        self._draining = True
         await self._health.drain()
         stopping = asyncio.create_task(self._server.stop(timeout_s))
+        if any(not stream.asks for stream in self._streams):
+            await asyncio.wait([stopping], timeout=min(NOTICE_S, timeout_s / 2))
+        self._draining = True
         while not stopping.done():
             self._end_quiet()
             await asyncio.wait([stopping], timeout=0.05)

@@ -14,6 +14,7 @@ from program import eventually
 from proxy_usage.demo.checks import METERS
 from proxy_usage.demo.faults import Fault, Faults
 from proxy_usage.demo.truth import Truth
+from proxy_usage.store.views import OutputStatus
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -82,10 +83,15 @@ async def paused(world: World) -> str:
 
     await eventually(reason, "the output is paused", why=world.sink.said)
     pause = (await world.sink.reasons())["output billing paused"]
-    with world.sink.reader() as reader:
-        (output,) = reader.status().outputs
-    assert output.paused == pause, "what the endpoint said is for status: it may name a tenant"
-    return f"{pause}: {output.detail}"
+
+    def stored() -> OutputStatus:
+        with world.sink.reader() as reader:
+            (output,) = reader.status().outputs
+        return output
+
+    # What the endpoint said is for status: it may name a tenant. The store is told a moment later.
+    await eventually(lambda: stored().paused == pause, "the store knows why", why=world.sink.said)
+    return f"{pause}: {stored().detail}"
 
 
 async def test_a_fifth_of_the_answers_is_wrong(tmp_path: Path) -> None:
