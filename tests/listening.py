@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +40,7 @@ class Listening:
         tls: TlsFiles | None = None,
         limits: ReceiverLimits | None = None,
         room: RoomLimits | None = None,
+        clock_ms: Callable[[], int] = clock_ms,
     ) -> None:
         self.metrics = Metrics()
         self.origins: list[Origin] = []
