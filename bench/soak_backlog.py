@@ -82,7 +82,7 @@ def build(text: str, place: Path, count: int) -> None:
         Cell(number, window_ms, Key(f"tenant-{number}", dimensions), 1, (1, 0, 0, 0))
         for number in range(1, KEYS + 1)
     )
-    storage.checkpoints.commit(Turn(WindowTurn(cells, [], []), (KEYS, 0, 0, 0), 1), mint, now_ms)
+    storage.checkpoints.commit(Turn(WindowTurn(cells), (KEYS, 0, 0, 0), 1), mint, now_ms)
     db = storage.database.db
     body = db.execute("SELECT body FROM events LIMIT 1").fetchone()[0]
     (output,) = db.execute("SELECT output FROM deliveries LIMIT 1").fetchone()

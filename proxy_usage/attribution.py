@@ -14,12 +14,12 @@ bill somebody else. Everything here is pure and bounded; any bytes give a Key or
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from proxy_usage.bulk import Remembered
 from proxy_usage.config.models import TenantConfig
 from proxy_usage.config.sources import DimensionConfig, RuleConfig
 from proxy_usage.model import Field, FieldKind, Identity, Key, Origin
@@ -276,8 +276,7 @@ class Attributor:
         self.fields, self.node_paths = tuple(fields), tuple(nodes)
         self._allow_uuid = tenant.allow_uuid
         self._skip_no_route = tenant.no_route == "skip"
-        self._limit = cache
-        self._cache: OrderedDict[Identity, Key | Unattributed] = OrderedDict()
+        self._cache: Remembered[Identity, Key | Unattributed] = Remembered(cache)
 
     def accepts(self, rule: int, text: str) -> bool:
         """Whether a present value satisfies the pattern and the map of a rule, so that the rule matches.
@@ -289,19 +288,18 @@ class Attributor:
             return bool(text)
         return len(text) <= MAX_TEXT and source.read(text).reason is None
 
-    def attribute(self, identity: Identity) -> Key | Unattributed:
-        """Whom the identity's usage is billed to, or why nobody is."""
-        found = self._cache.get(identity)
+    def attribute(self, identity: Identity, digest: int | None = None) -> Key | Unattributed:
+        """Whom the usage is billed to, or why nobody is. ``digest``: the identity's hash, if known."""
+        known = self._cache.shards
+        found = known.parts[(hash(identity) if digest is None else digest) & known.mask].get(identity)
         if found is None:
             outcome = self._tenant(identity).outcome
             if isinstance(outcome, Unattributed):
                 found = outcome
             else:
                 found = Key(outcome, tuple(part.value(part.read(identity)) for part in self._dimensions))
-            if self._limit > 0 and len(identity.value) + sum(map(len, identity.dimensions)) <= MAX_CACHED:
-                if len(self._cache) >= self._limit:  # one by one: to empty it takes long
-                    self._cache.popitem(last=False)
-                self._cache[identity] = found
+            if len(identity.value) + sum(map(len, identity.dimensions)) <= MAX_CACHED:
+                self._cache.put(identity, found)
         return found
 
     def explain(self, identity: Identity) -> Explanation:

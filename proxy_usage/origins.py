@@ -7,9 +7,11 @@ usage.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from proxy_usage.bulk import Shards
 from proxy_usage.model import Key
 
 HOUR_MS = 3_600_000
@@ -39,12 +41,8 @@ class RowOrigin(NamedTuple):
     rows: int
 
 
-class _Waiting:
-    __slots__ = ("rows", "since_ms")
-
-    def __init__(self, since_ms: int) -> None:
-        self.rows = 0
-        self.since_ms = since_ms
+Place = tuple[int, Key | None, str, str]
+"""The hour, counted from the epoch, the key, the rule and the node."""
 
 
 class Origins:
@@ -55,34 +53,42 @@ class Origins:
         """Nothing is held back any more: the process ends."""
         self._hold_ms = hold_ms
         self._max_waiting = max_waiting
-        self._waiting: dict[tuple[int, Key | None, str, str], _Waiting] = {}
+        self._rows: Shards[Place, int] = Shards()
+        self._waiting: deque[tuple[int, Place]] = deque()  # since when, oldest first
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def note(self, key: Key | None, window_ms: int, rule: str, node: str, rows: int, now_ms: int) -> None:
         """Rows of a node were counted for a key, by a rule."""
-        place = (window_ms // HOUR_MS, key, rule, node)
-        waiting = self._waiting.get(place)
-        if waiting is None:
-            if len(self._waiting) >= self._max_waiting:
-                place = (place[0], None, "", "")
-            waiting = self._waiting.setdefault(place, _Waiting(now_ms))
-        waiting.rows += rows
+        place: Place = (window_ms // HOUR_MS, key, rule, node)
+        known = self._rows
+        part = known.parts[hash(place) & known.mask]
+        before = part.get(place)
+        if before is None and len(self._waiting) >= self._max_waiting:
+            place = (place[0], None, "", "")
+            part = known.parts[hash(place) & known.mask]
+            before = part.get(place)
+        if before is None:
+            self._waiting.append((now_ms, place))
+            known.put(place, rows)
+        else:
+            part[place] = before + rows
 
     def due(self, now_ms: int) -> bool:
         """Whether the oldest has waited long enough."""
-        oldest = next(iter(self._waiting.values()), None)
+        if not self._waiting:
+            return False
         # Below 0: the clock was moved back.
-        return oldest is not None and (self.ending or not 0 <= now_ms - oldest.since_ms < self._hold_ms)
+        return self.ending or not 0 <= now_ms - self._waiting[0][0] < self._hold_ms
 
     def begin(self, now_ms: int) -> tuple[RowOrigin, ...]:
         """Takes out what has waited long enough, a slice of it; ``rollback`` if the store refuses it."""
         taken: list[RowOrigin] = []
         while len(taken) < SLICE and self.due(now_ms):
-            place = next(iter(self._waiting))
+            _, place = self._waiting.popleft()
             hour, key, rule, node = place
-            rows = self._waiting.pop(place).rows
+            rows = self._rows.pop(place) or 0
             taken.append(RowOrigin(hour * HOUR_MS, key, rule[:MAX_TEXT], node[:MAX_TEXT], rows))
         return tuple(taken)
 

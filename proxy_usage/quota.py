@@ -7,6 +7,10 @@ from proxy_usage.model import Identity, Origin
 HOUR_MS = 3_600_000
 MAX_TRACKED = 1_000_000
 """Identities remembered of all nodes together: past it all are forgotten, and counting begins anew."""
+SETS = 256
+"""A power of two: at ``MAX_TRACKED`` each has 4,000."""
+LET_GO = 20
+"""Forgotten identities that are freed at each look at another one."""
 MAX_IDENTITY_BYTES = 16_384
 MAX_KEPT_BYTES = 1_024
 """Of each value of an identity that has more than ``MAX_IDENTITY_BYTES``, when it is held."""
@@ -23,26 +27,48 @@ class Quota:
         self._limit = limit
         self._hour = 0
         self._tracked = 0
-        self._seen: dict[tuple[str, str], set[int]] = {}
+        self._brought: dict[tuple[str, str], int] = {}  # so many, by peer and node
+        # Many small sets, since a large one that is full is copied in one go; and always the same ones, since
+        # the collector walks what is new.
+        self._seen: list[set[int]] = [set() for _ in range(SETS)]
+        self._former: list[set[int]] = [set() for _ in range(SETS)]
+        self._forgotten = 0  # so many are left in the former, and let go a little at a time
+        self._letting_go = 0  # the set that they are taken from
 
-    def admits(self, identity: Identity, now_ms: int) -> bool:
-        """Whether the identity is known in this hour, or its node may bring another one."""
+    def admits(self, identity: Identity, digest: int, now_ms: int) -> bool:
+        """Whether the identity, with this hash, is known in this hour, or its node may bring another one."""
         hour = now_ms // HOUR_MS
         if hour != self._hour or self._tracked >= MAX_TRACKED:
-            self._hour, self._tracked = hour, 0
-            self._seen.clear()
-        place = identity.origin.peer, identity.origin.node_id
-        seen = self._seen.get(place)
-        if seen is None:
-            seen = self._seen[place] = set()
-        digest = hash(identity)
+            self._hour, self._brought = hour, {}
+            self._begin_anew()
+        if self._forgotten:
+            self._let_go()
+        seen = self._seen[digest & (SETS - 1)]
         if digest in seen:
             return True
-        if len(seen) >= self._limit:
+        place = identity.origin.peer, identity.origin.node_id
+        brought = self._brought.get(place, 0)
+        if brought >= self._limit:
             return False
+        self._brought[place] = brought + 1
         seen.add(digest)
         self._tracked += 1
         return True
+
+    def _begin_anew(self) -> None:
+        if self._forgotten:  # an hour in which hardly anything came after one that brought very many
+            for former in self._former:
+                former.clear()
+        self._seen, self._former = self._former, self._seen
+        self._forgotten, self._letting_go, self._tracked = self._tracked, 0, 0
+
+    def _let_go(self) -> None:
+        """Frees a little of what was forgotten: all of it takes long."""
+        while not (former := self._former[self._letting_go]):
+            self._letting_go += 1
+        for _ in range(min(LET_GO, len(former))):
+            former.pop()
+            self._forgotten -= 1
 
 
 def overflow(identity: Identity) -> Identity:

@@ -61,6 +61,18 @@ class Turn:
 
 
 @dataclass(slots=True)
+class Pending:
+    """What no committed turn holds yet."""
+
+    counted: list[int]
+    """Base units per meter."""
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Rows by ``(fate, reason)``."""
+    ended: Counter[str] = field(default_factory=Counter)
+    """End rows of HTTP streams per node, of any fate."""
+
+
+@dataclass(slots=True)
 class Observed:
     """What happened since the last look, for metrics and the log. Differences."""
 

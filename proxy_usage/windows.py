@@ -28,81 +28,39 @@ import operator
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from proxy_usage.bulk import Columns, Numbered, Pages, Shards
+from proxy_usage.cells import UNKNOWN, Birth, Closing, Cut, OpenCell, Sums
 from proxy_usage.model import Amounts, Cell, Key
 
 CELL_LIMIT = 1 << 61
-PACK = 500
-"""Cells taken out or packed at a time: half a millisecond of work."""
+PACK, CLOSE = 500, 25
+"""Cells packed, and cells taken out, at a time: a quarter of a millisecond, a half where there are many."""
 HOUR_MS = 3_600_000
 TENANT_IDLE_MS = 86_400_000
 """A tenant unseen for a day no longer counts against ``max_tenants``."""
-
-
-@dataclass(slots=True)
-class _Open:
-    id: int
-    window_ms: int
-    key: Key
-    due_ms: int
-    rows: int
-    amounts: list[int]
-    late: bool
-    saved: bool = False  # whether a checkpoint knows the cell, or the turn that is under way
-    packed: int = 0  # the cut that it was packed for
-
-
-class Birth(NamedTuple):
-    """A cell the store does not know yet."""
-
-    id: int
-    window_ms: int
-    key: Key
-    due_ms: int
-
-
-@dataclass(slots=True)
-class _Cut:
-    """What changed up to a cut, and what of it is packed."""
-
-    number: int
-    cells: dict[int, _Open]
-    changed: list[tuple[int, ...]]
-    born: list[_Open]
-    births: list[Birth]
-
-    def pack(self, cell: _Open) -> None:
-        if cell.packed == self.number:
-            return
-        cell.packed = self.number
-        self.changed.append((cell.id, cell.rows, *cell.amounts))
-        if not cell.saved:
-            self.born.append(cell)
-            cell.saved = True  # or the turn is rolled back
+SWEEP_MS, SWEEP = 60_000, 250
+"""How often those are looked for at most, and how many tenants are looked at for a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowTurn:
     """What one turn moves from memory to the store, in one transaction."""
 
-    closing: tuple[Cell, ...]
-    born: list[Birth]
-    changed: list[tuple[int, ...]]
+    closing: tuple[Cell, ...] = ()
+    born: Pages[Birth] = field(default_factory=Pages)
+    changed: Columns = field(default_factory=Columns)
     """``(id, rows, *amounts)`` of open cells, absolute, so that applying one twice changes nothing."""
-    taken: tuple[list[_Open], list[_Open], dict[int, _Open]] = field(
-        repr=False, default_factory=lambda: ([], [], {})
-    )
-    """The live cells behind ``closing``, ``born`` and ``changed``: for ``rollback`` alone."""
+    since: int = UNKNOWN
+    """The first of the turns that it holds: those before it that were rolled back are in it."""
+    taken: Closing = field(repr=False, default_factory=list)
+    """The live cells behind ``closing``: for ``rollback`` alone."""
 
     def release(self) -> Iterator[None]:
-        """Lets go of what a turn held, ``PACK`` cells at a time: to free a million at once takes long."""
-        _, born, cells = self.taken
-        while cells or self.changed or self.born or born:
-            for held in (self.changed, self.born, born):
-                del held[-PACK:]
-            for _ in range(min(PACK, len(cells))):
-                cells.popitem()
+        """Lets go of what a turn held, a page at a time: to free a million at once takes long."""
+        while self.changed.pages or self.born.pages:
+            for held in (self.changed.pages, self.born.pages):
+                del held[-1:]
             yield
 
 
@@ -144,14 +102,15 @@ class Windows:
         self.max_tenants = max_tenants
         """Bound on tenants seen within a day; past it usage of new ones is refused."""
         self._next_id = next_id
-        self._open: dict[tuple[int, Key], _Open] = {}
-        self._queue: list[tuple[int, int, _Open]] = []  # (due, id, cell); also cells no longer in _open
-        self._changed: dict[int, _Open] = {}
-        self._cut: _Cut | None = None  # while a turn is packed
-        self._cuts = 0
-        self._spare = _spare()
-        self._tenants: dict[str, int] = {}
-        self._tenants_swept_ms = 0
+        self._cells: Numbered[OpenCell] = Numbered()
+        self._open: dict[int, Shards[Key, OpenCell]] = {}  # those that take rows, by window
+        self._sums = Sums()
+        self._queue: list[tuple[int, int]] = []  # (due, id) of each cell
+        self._turn = self._since = 1  # the one that is noted for, and the first that is not in the store
+        self._noted = [Columns()]  # ids of what changed, some more than once
+        self._cut: Cut | None = None  # while a turn is packed
+        self._tenants: Shards[str, int] = Shards()
+        self._swept_ms = self._sweep_at = 0
         self.late_rows = 0
         self.overflow_rows = 0
 
@@ -159,7 +118,7 @@ class Windows:
         return len(self._queue)
 
     def __repr__(self) -> str:
-        return f"<Windows open={len(self._queue)} changed={len(self._changed)} tenants={len(self._tenants)}>"
+        return f"<Windows open={len(self._queue)} turn={self._turn} tenants={len(self._tenants)}>"
 
     def add(self, key: Key, window_ms: int, rows: int, amounts: Sequence[int], now_ms: int) -> bool:
         """Adds usage to a key's window.
@@ -177,64 +136,107 @@ class Windows:
         return True
 
     def _add(self, key: Key, window_ms: int, rows: int, amounts: Sequence[int], now_ms: int) -> None:
-        cell = self._with_room(key, window_ms, amounts)
-        if cell is None:
-            cell = self._create(key, window_ms, rows, amounts, now_ms)
-        cut = self._cut
-        if cut is not None and cell.id in cut.cells:
-            cut.pack(cell)  # as it was at the cut
-        cell.rows += rows
-        cell.amounts = [*map(operator.add, cell.amounts, amounts)]
-        self._changed[cell.id] = cell
-        if cell.late:
-            self.late_rows += rows
-
-    def _with_room(self, key: Key, window_ms: int, amounts: Sequence[int]) -> _Open | None:
-        """The open cell that takes these amounts; one that would pass the limit is retired."""
-        cell = self._open.get((window_ms, key))
-        if cell is not None and max(map(operator.add, cell.amounts, amounts)) > CELL_LIMIT:
-            del self._open[window_ms, key]  # it closes when due, a successor takes over
-            return None
-        return cell
-
-    def _create(self, key: Key, window_ms: int, rows: int, amounts: Sequence[int], now_ms: int) -> _Open:
+        if self._added(key, window_ms, rows, amounts):
+            return
         if len(self._queue) >= self._max_keys:
             self.overflow_rows += rows
             key = Key(key.tenant, self.defaults)
             if len(self._queue) >= 2 * self._max_keys:
                 # Nothing was closed for long: from here on a window a tenant and hour, its first, takes all.
                 window_ms = now_ms - now_ms % HOUR_MS
-            shared = self._with_room(key, window_ms, amounts)
-            if shared is not None:
-                return shared
+            if self._added(key, window_ms, rows, amounts):
+                return
         end_ms = window_ms + self.length_ms + self._grace_ms
         late = now_ms >= end_ms
         due_ms = now_ms + self._reopen_ms if late else end_ms + self._share(key)
-        cell = _Open(self._next_id, window_ms, key, due_ms, 0, [0] * len(amounts), late)
+        cell = self._sums.open(self._next_id, window_ms, key, due_ms, 0, (0,) * len(amounts), late=late)
         self._next_id += 1
-        self._open[window_ms, key] = cell
-        heapq.heappush(self._queue, (due_ms, cell.id, cell))
-        return cell
+        self._enqueue(cell)
+        self._open_at(window_ms).put(key, cell)
+        self._added(key, window_ms, rows, amounts)
+
+    def _added(self, key: Key, window_ms: int, rows: int, amounts: Sequence[int]) -> bool:
+        """Adds to the open cell, if there is one that takes so much; one that would pass the limit is
+        retired."""
+        opened = self._open.get(window_ms)
+        cell = None if opened is None else opened.parts[hash(key) & opened.mask].get(key)
+        if opened is None or cell is None:
+            return False
+        cut = self._cut
+        if cut is not None and cut.since <= cell.noted <= cut.number:
+            cut.pack(cell)  # as it was at the cut
+        # Where they are: what replaces an object is young, and the collector walks all that is, however much
+        # it has become since it last looked.
+        sums, place, most = cell.sums, cell.start + 2, 0
+        for amount in amounts:
+            sums[place] = total = sums[place] + amount
+            place += 1
+            if total > most:
+                most = total
+        if most > CELL_LIMIT:
+            for place, amount in enumerate(amounts, start=cell.start + 2):
+                sums[place] -= amount
+            opened.pop(key)  # it closes when due, a successor takes over
+            return False
+        sums[cell.start + 1] += rows
+        if cell.noted != self._turn:
+            self._note(cell)
+        if cell.late:
+            self.late_rows += rows
+        return True
+
+    def _note(self, cell: OpenCell) -> None:
+        cell.noted = self._turn
+        self._noted[-1].add((cell.id,))
+
+    def _open_at(self, window_ms: int) -> Shards[Key, OpenCell]:
+        opened = self._open.get(window_ms)
+        if opened is None:
+            opened = self._open[window_ms] = Shards()
+        return opened
+
+    def _enqueue(self, cell: OpenCell) -> None:
+        self._cells[cell.id] = cell
+        heapq.heappush(self._queue, (cell.due_ms, cell.id))
 
     def _share(self, key: Key) -> int:
         """A key's part of the spread, in milliseconds: the same at each window, another in each process."""
         return zlib.crc32("\0".join((key.tenant, *key.dimensions)).encode(), self._salt) % self._spread_ms
 
     def _admit(self, tenant: str, now_ms: int) -> bool:
-        if tenant not in self._tenants and len(self._tenants) >= self.max_tenants:
-            if 0 <= now_ms - self._tenants_swept_ms < 60_000:  # below 0: the clock was moved back
-                return False
-            self._tenants_swept_ms = now_ms
-            horizon = now_ms - TENANT_IDLE_MS
-            self._tenants = {name: seen for name, seen in self._tenants.items() if seen > horizon}
-            if len(self._tenants) >= self.max_tenants:
-                return False
-        self._tenants[tenant] = now_ms
+        seen = self._tenants.parts[hash(tenant) & self._tenants.mask]
+        if tenant in seen:
+            seen[tenant] = now_ms
+            return True
+        if len(self._tenants) >= self.max_tenants:
+            self._sweep(now_ms)
+        if len(self._tenants) >= self.max_tenants:
+            return False
+        self._tenants.put(tenant, now_ms)
         return True
+
+    def _sweep(self, now_ms: int) -> None:
+        """Looks for tenants unseen for a day where the last look ended, until one is found or many were
+        looked at."""
+        if self._sweep_at == 0:
+            if 0 <= now_ms - self._swept_ms < SWEEP_MS:  # below 0: the clock was moved back
+                return
+            self._swept_ms = now_ms
+        horizon, looked = self._swept_ms - TENANT_IDLE_MS, 0
+        idle: list[str] = []
+        while looked < SWEEP and not idle:
+            part = self._tenants.parts[self._sweep_at]
+            looked += len(part)
+            idle = [name for name, seen_ms in part.items() if seen_ms <= horizon]
+            self._sweep_at = (self._sweep_at + 1) % len(self._tenants.parts)
+            if self._sweep_at == 0:
+                break
+        for name in idle:
+            self._tenants.pop(name)
 
     @property
     def tenants(self) -> int:
-        """Tenants seen within a day."""
+        """Tenants seen within a day, and some whose day is over."""
         return len(self._tenants)
 
     def next_due_ms(self) -> int | None:
@@ -247,7 +249,7 @@ class Windows:
         ``everything`` takes cells that are not due as well (the configuration's meters changed).
         Exactly one of ``commit`` and ``rollback`` must follow before the next ``begin``.
         """
-        closing: list[_Open] = []
+        closing: Closing = []
         for _ in self.close_due(closing, now_ms, limit=limit, everything=everything):
             pass
         self.cut()
@@ -256,104 +258,80 @@ class Windows:
         return self.turn(closing)
 
     def close_due(
-        self, closing: list[_Open], now_ms: int, *, limit: int, everything: bool = False
+        self, closing: Closing, now_ms: int, *, limit: int, everything: bool = False
     ) -> Iterator[None]:
-        """The first step of ``begin``: takes due cells out, ``PACK`` at a time. Nothing may be added."""
+        """The first step of ``begin``: takes due cells out, ``CLOSE`` at a time. Nothing may be added."""
         while self._queue and len(closing) < limit and (everything or self._queue[0][0] <= now_ms):
-            cell = heapq.heappop(self._queue)[2]
-            closing.append(cell)
-            if self._open.get((cell.window_ms, cell.key)) is cell:
-                del self._open[cell.window_ms, cell.key]
-            self._changed.pop(cell.id, None)
-            if len(closing) % PACK == 0:
+            cell = self._cells.pop(heapq.heappop(self._queue)[1])
+            assert cell is not None, "what is queued is open"
+            closing.append((cell, Cell(cell.id, cell.window_ms, cell.key, cell.rows, tuple(cell.amounts))))
+            opened = self._open.get(cell.window_ms)
+            if opened is not None and opened.get(cell.key) is cell:
+                opened.pop(cell.key)
+                if not opened:
+                    del self._open[cell.window_ms]
+            if len(closing) % CLOSE == 0:
                 yield
 
     def cut(self) -> None:
         """The second step: what is added from here on belongs to the next turn."""
         assert self._cut is None, "a turn is being packed"
-        self._cuts += 1
-        # What a turn let go of is filled anew: Python's collector walks large lists while they are young.
-        cells, changed, born, births = self._spare
-        self._cut = _Cut(
-            self._cuts,
-            self._changed,
-            [] if changed else changed,
-            [] if born else born,
-            [] if births else births,
-        )
-        self._changed = {} if cells else cells
+        self._cut = Cut(self._turn, self._since, self._noted)
+        self._turn += 1
+        self._since, self._noted = self._turn, [Columns()]  # or this turn is rolled back
 
     def pack(self) -> Iterator[None]:
         """The third step: packs what changed before the cut, ``PACK`` cells at a time."""
         cut = self._cut
         assert cut is not None, "cut comes first"
-        for number, cell in enumerate(cut.cells.values(), start=1):
-            cut.pack(cell)
-            if number % PACK == 0:
+        ids = (number for noted in cut.noted for number in noted.take_first())
+        for count, number in enumerate(ids, start=1):
+            cell = self._cells.get(number)
+            if cell is not None:  # it is not closing
+                cut.pack(cell)
+            if count % PACK == 0:
                 yield
-        births = cut.births
-        while len(births) < len(cut.born):
-            births.extend(
-                Birth(c.id, c.window_ms, c.key, c.due_ms) for c in cut.born[len(births) : len(births) + PACK]
-            )
-            yield
 
-    def turn(self, closing: list[_Open]) -> WindowTurn:
+    def turn(self, closing: Closing) -> WindowTurn:
         """The last step: the turn, when all is packed."""
         cut, self._cut = self._cut, None
         assert cut is not None
-        assert len(cut.changed) == len(cut.cells), "pack it whole"
-        self._spare = cut.cells, cut.changed, cut.born, cut.births
-        return WindowTurn(
-            closing=tuple(Cell(c.id, c.window_ms, c.key, c.rows, tuple(c.amounts)) for c in closing),
-            born=cut.births,
-            changed=cut.changed,
-            taken=(closing, cut.born, cut.cells),
-        )
+        assert not any(noted.pages for noted in cut.noted), "pack it whole"
+        return WindowTurn(tuple(cell for _, cell in closing), cut.born, cut.changed, cut.since, closing)
 
     def commit(self, turn: WindowTurn) -> None:
         """The store has it: the closed cells are gone, the changed ones are saved, as they say already."""
 
     def rollback(self, turn: WindowTurn) -> None:
         """The store refused it: everything is as if the turn had not been taken."""
-        closing, born, changed = turn.taken
-        self._spare = _spare()
-        for cell in born:
-            cell.saved = False
-        # A disk may be full for hours: this costs what changed since, not all that waits to be saved.
-        changed.update(self._changed)
-        self._changed = changed
-        for cell in closing:
-            heapq.heappush(self._queue, (cell.due_ms, cell.id, cell))
+        # A disk may be full for hours: this costs what was to be closed, not all that waits to be saved.
+        self._since = min(self._since, turn.since)
+        self._noted.insert(0, turn.changed.handed_over())
+        for cell, _ in turn.taken:
             # A successor may have been opened meanwhile; then both close, each once.
-            self._open.setdefault((cell.window_ms, cell.key), cell)
-            self._changed[cell.id] = cell
+            opened = self._open_at(cell.window_ms)
+            if opened.get(cell.key) is None:
+                opened.put(cell.key, cell)
+            self._enqueue(cell)
+            self._note(cell)
 
     def restore(self, cells: Iterable[tuple[Cell, int]]) -> None:
         """Takes over ``(cell, due_ms)`` that a former process checkpointed. Ids go on after theirs."""
         for cell, due_ms in cells:
-            opened = _Open(
-                cell.id,
-                cell.window_ms,
-                cell.key,
-                due_ms,
-                cell.rows,
-                list(cell.amounts),
-                late=False,
-                saved=True,
+            opened = self._sums.open(
+                cell.id, cell.window_ms, cell.key, due_ms, cell.rows, cell.amounts, late=False
             )
-            self._open[cell.window_ms, cell.key] = opened
-            heapq.heappush(self._queue, (due_ms, cell.id, opened))
+            opened.saved = 0
+            self._open_at(cell.window_ms).put(cell.key, opened)
+            self._enqueue(opened)
             self._next_id = max(self._next_id, cell.id + 1)
 
     def open_amounts(self) -> Amounts:
         """The sum of all open cells per meter: a term of the conservation sum."""
-        columns = zip(*(cell.amounts for _, _, cell in self._queue), strict=True)
-        return tuple(sum(column) for column in columns)
-
-
-def _spare() -> tuple[dict[int, _Open], list[tuple[int, ...]], list[_Open], list[Birth]]:
-    return {}, [], [], []
+        sums: Amounts = ()
+        for cell in self._cells.values():
+            sums = tuple(map(operator.add, sums or (0,) * len(cell.amounts), cell.amounts))
+        return sums
 
 
 def _parts(amounts: Sequence[int]) -> Iterable[Sequence[int]]:

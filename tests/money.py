@@ -84,7 +84,7 @@ def turn(
 ) -> Turn:
     """A turn that closes cells the store has never heard of, as they come when they are short-lived."""
     return Turn(
-        windows=windows or WindowTurn(closing=closing, born=[], changed=[]),
+        windows=windows or WindowTurn(closing),
         counted=counted,
         held=tuple(held),
         fates=fates or {},

@@ -242,6 +242,7 @@ class Turns:
             self._on_events()
         else:
             self._pipeline.rollback(turn)
+        await _paused(turn.windows.release())
         return True
 
     def _failed(self, error: StoreError) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from types import MappingProxyType
@@ -19,7 +20,7 @@ import msgspec
 from proxy_usage.errors import StoreForeign
 from proxy_usage.events import Mint
 from proxy_usage.intake import HTTP, Source, by_node
-from proxy_usage.model import Cell, Event, Key
+from proxy_usage.model import Amounts, Cell, Event, Key
 from proxy_usage.store.connections import load_connections, relay_connections, save_connections
 from proxy_usage.store.database import Database, add_counters, counters
 from proxy_usage.store.held import Attribute, Released, WantedHeld, let_go, look, pack
@@ -64,7 +65,7 @@ class Checkpoints:
         """
         try:
             return self._recover()
-        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+        except (msgspec.MsgspecError, ValueError, KeyError, OverflowError) as error:
             raise StoreForeign(
                 f"store {self._database.path} is damaged: it holds what nobody wrote: {error}",
                 hint="start the service again: it sets the file aside and keeps what can be read of it",
@@ -84,7 +85,7 @@ class Checkpoints:
             layout=layout,
             cells=tuple(
                 (
-                    Cell(birth[0], birth[1], Key(birth[2], tuple(birth[3])), state[1], tuple(state[2:])),
+                    Cell(birth[0], birth[1], Key(birth[2], tuple(birth[3])), state[1], _amounts(state)),
                     birth[4],
                 )
                 for birth, state in cells.values()
@@ -144,9 +145,8 @@ class Checkpoints:
         caller rolls its turn back and tries again with the next one.
         """
         windows = turn.windows
-        births = ((b.id, b.window_ms, b.key.tenant, b.key.dimensions, b.due_ms) for b in windows.born)
-        closed = [cell.id for cell in windows.closing]
-        records = list(records_of(births, windows.changed, closed))
+        closed = (cell.id for cell in windows.closing)
+        records = list(records_of(windows.born, windows.changed, closed))
         held_before = self._held
         try:
             with self._database.transaction(usage=True) as db:
@@ -199,7 +199,7 @@ class Checkpoints:
         """
         with self._database.transaction() as db:
             cells = fold_log(db)
-            births, states = (birth for birth, _ in cells.values()), [state for _, state in cells.values()]
+            births, states = (birth for birth, _ in cells.values()), (state for _, state in cells.values())
             last = db.execute("SELECT coalesce(max(seq), 0) FROM log").fetchone()[0]
             db.execute("DELETE FROM log")
             base = 0
@@ -317,6 +317,11 @@ class Checkpoints:
         """Rows per node that crashes lost over the life of the store."""
         with self._database.reading() as db:
             return counters(db, "crash_lost")
+
+
+def _amounts(state: Sequence[int]) -> Amounts:
+    """The amounts of a state. Raises OverflowError for what no cell comes to."""
+    return tuple(array("q", state)[2:])
 
 
 def _relay(db: sqlite3.Connection, former: Layout, layout: Layout) -> None:

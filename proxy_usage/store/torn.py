@@ -42,7 +42,7 @@ class TornLog:
     def doubt(self) -> None:
         """A record is missing here: whatever is open may have been closed in it."""
         self._uncertain.update((cell.id, cell) for cell in _cells(self._fold))
-        self._nameless |= self._fold.states.keys() - self._fold.births.keys()
+        self._nameless |= {*self._fold.states} - {*self._fold.births}
         self._fold = LogFold()
 
     def add(self, packed: object) -> bool:
@@ -65,7 +65,7 @@ class TornLog:
 
     def left(self) -> Left:
         """What was open at the end."""
-        nameless = self._nameless | (self._fold.states.keys() - self._fold.births.keys())
+        nameless = self._nameless | ({*self._fold.states} - {*self._fold.births})
         return Left(tuple(_cells(self._fold)), tuple(self._uncertain.values()), len(nameless))
 
 

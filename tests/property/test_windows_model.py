@@ -63,7 +63,8 @@ class WindowsModel(RuleBasedStateMachine):
         assert len(self.under_way.closing) <= limit
         due = before is not None and (everything or before <= self.now_ms)
         assert bool(self.under_way.closing) == due
-        assert {birth.id for birth in self.under_way.born} <= {state[0] for state in self.under_way.changed}
+        changed = {state[0] for state in self.under_way.changed}
+        assert {birth[0] for birth in self.under_way.born} <= changed
 
     @precondition(lambda self: self.under_way is None)
     @rule(
@@ -75,8 +76,13 @@ class WindowsModel(RuleBasedStateMachine):
         closing: list[Any] = []
         for _ in self.windows.close_due(closing, self.now_ms, limit=limit):
             pass
-        expected = {cell.id: (cell.id, cell.rows, *cell.amounts) for cell in self.windows._changed.values()}
-        born = {cell.id for cell in self.windows._changed.values() if not cell.saved}
+        cells = {cell.id: (cell.id, cell.rows, *cell.amounts) for cell in self.windows._cells.values()}
+        noted = {cell.id for cell in self.windows._cells.values() if cell.noted >= self.windows._since}
+        # A cell that nothing was added to may be noted, one that differs from what the store has must be.
+        known = {number: (number, *state) for number, (_, state) in self.saved.items()}
+        assert noted >= {number for number, state in cells.items() if state != known.get(number)}
+        expected = {number: cells[number] for number in noted}
+        born = noted - self.saved.keys()
         self.windows.cut()
         for _ in self.windows.pack():
             if adds:
@@ -84,7 +90,7 @@ class WindowsModel(RuleBasedStateMachine):
         self.under_way = self.windows.turn(closing)
         assert {state[0]: state for state in self.under_way.changed} == expected
         assert len(self.under_way.changed) == len(expected)
-        assert {birth.id for birth in self.under_way.born} == born
+        assert sorted(birth[0] for birth in self.under_way.born) == sorted(born)
 
     @precondition(lambda self: self.under_way is not None)
     @rule()
@@ -93,8 +99,8 @@ class WindowsModel(RuleBasedStateMachine):
         turn, self.under_way = self.under_way, None
         self.windows.commit(turn)
         for birth in turn.born:
-            assert birth.id not in self.saved
-            self.saved[birth.id] = (birth, ())
+            assert birth[0] not in self.saved
+            self.saved[birth[0]] = (birth, ())
         for number, *state in turn.changed:
             self.saved[number] = (self.saved[number][0], tuple(state))
         for cell in turn.closing:
@@ -116,8 +122,8 @@ class WindowsModel(RuleBasedStateMachine):
         self.commit()
         there = windows(**self.bounds)
         cells = []
-        for birth, (rows, *state) in self.saved.values():
-            cells.append((Cell(birth.id, birth.window_ms, birth.key, rows, tuple(state)), birth.due_ms))
+        for (number, window_ms, tenant, dimensions, due_ms), (rows, *state) in self.saved.values():
+            cells.append((Cell(number, window_ms, Key(tenant, dimensions), rows, tuple(state)), due_ms))
         there.restore(cells)
         assert there.open_amounts() == self.windows.open_amounts()
         assert there.next_due_ms() == self.windows.next_due_ms()

@@ -42,7 +42,7 @@ def fill(path: Path) -> tuple[str, ...]:
 
 
 def told(store: MadeStore, *origins: RowOrigin) -> None:
-    empty = WindowTurn(closing=(), born=[], changed=[])
+    empty = WindowTurn()
     store.checkpoints.commit(Turn(empty, (0, 0), origins=origins), store.mint, START)
 
 

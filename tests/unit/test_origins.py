@@ -174,7 +174,7 @@ def test_replayed_usage_says_that_it_was_held(tmp_path: Path) -> None:
 
 
 def told(store: Store, *origins: RowOrigin, now_ms: int = T0) -> None:
-    empty = WindowTurn(closing=(), born=[], changed=[])
+    empty = WindowTurn()
     store.checkpoints.commit(Turn(empty, (0, 0, 0, 0), origins=origins), store.mint, now_ms)
 
 

@@ -60,7 +60,7 @@ def keeper(store: Store, **bounds: int) -> Retention:
 
 
 def told(store: Store, *origins: RowOrigin, now_ms: int = T0) -> None:
-    empty = WindowTurn(closing=(), born=[], changed=[])
+    empty = WindowTurn()
     store.checkpoints.commit(Turn(empty, (0, 0, 0, 0), origins=origins), store.mint, now_ms)
 
 

@@ -8,11 +8,13 @@ from inner_sink import InnerSink
 from money import HOUR_MS, T0, key, windows
 from wire import DOWNSTREAM_PERIODIC, http_row, message
 
+from proxy_usage.bulk import PAGE
+from proxy_usage.cells import Closing
 from proxy_usage.intake import by_node
 from proxy_usage.model import NS_PER_MS
 from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, Port, next_step
 from proxy_usage.turn import Turn
-from proxy_usage.windows import PACK
+from proxy_usage.windows import CLOSE, PACK
 
 
 def rows(count: int, first: int = 0, **how: object) -> bytes:
@@ -35,25 +37,27 @@ def test_a_turn_of_many_keys_is_made_in_steps_of_a_bounded_number_of_them(tmp_pa
         while turn is None:
             turn = next_step(steps)
             most, before = max(most, len(sink.pipeline.windows) - before), len(sink.pipeline.windows)
-        assert 0 < most <= BOOK
+        assert 0 < most <= BOOK // 2
         assert len(turn.windows.changed) == len(turn.windows.born) == 1_700
         assert turn.fates == {("counted", ""): 1_700}
 
 
 def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> None:
     open_windows = windows(max_keys=10_000, max_tenants=10_000)
-    for number in range(3 * PACK + 10):
+    for number in range(2 * PAGE + 10):
         open_windows.add(key(f"t-{number}"), T0, 1, (1,), T0)
     open_windows.cut()
-    assert len(list(open_windows.pack())) == 3 + 4  # packed, then their births
+    assert open_windows._cut is not None
+    packed = [0, *(len(open_windows._cut.changed) for _ in open_windows.pack()), 2 * PAGE + 10]
+    assert packed == [*range(0, 2 * PAGE + 1, PACK), 2 * PAGE + 10]
     turn = open_windows.turn([])
-    assert len(turn.changed) == len(turn.born) == 3 * PACK + 10
-    sizes = [len(turn.changed) for _ in turn.release()]
-    assert sizes == [2 * PACK + 10, PACK + 10, 10, 0]
-    closing: list[object] = []
-    taken = [len(closing) for _ in open_windows.close_due(closing, T0 + HOUR_MS, limit=1_200)]  # type: ignore[arg-type]
-    assert taken == [PACK, 2 * PACK]
-    assert len(closing) == 1_200
+    assert len(turn.changed) == len(turn.born) == 2 * PAGE + 10
+    sizes = [(len(turn.changed), len(turn.born)) for _ in turn.release()]
+    assert sizes == [(2 * PAGE, 2 * PAGE), (PAGE, PAGE), (0, 0)]
+    closing: Closing = []
+    taken = [len(closing) for _ in open_windows.close_due(closing, T0 + HOUR_MS, limit=120)]
+    assert taken == [*range(CLOSE, 120, CLOSE)]
+    assert len(closing) == 120
 
 
 def test_a_full_fold_is_booked_along_with_the_parts_that_follow(tmp_path: Path) -> None:
@@ -66,7 +70,7 @@ def test_a_full_fold_is_booked_along_with_the_parts_that_follow(tmp_path: Path) 
             now = len(sink.pipeline.windows)
             longest, before = max(longest, now - before), now
             assert len(sink.pipeline._aside) <= 2
-        assert longest == STEPS_A_PART * BOOK
+        assert longest == STEPS_A_PART * BOOK // 2
         assert before >= 15_000
         sink.turn()
         assert len(sink.pipeline.windows) == 24_000

@@ -8,7 +8,7 @@ import pytest
 from money import DAY_MS, DEFAULTS, GRACE_MS, HOUR_MS, MINUTE_MS, T0, key, windows
 
 from proxy_usage.model import Cell, Key
-from proxy_usage.windows import CELL_LIMIT, TENANT_IDLE_MS, Windows
+from proxy_usage.windows import CELL_LIMIT, SWEEP, TENANT_IDLE_MS, Windows
 
 END_MS = T0 + MINUTE_MS + GRACE_MS
 """When the window that begins at T0 stops taking rows as being in time, and is due."""
@@ -98,7 +98,7 @@ def test_the_keys_of_a_window_are_spread_and_two_processes_spread_them_different
         open_windows = windows(spread_ms=15_000, salt=salt)
         for name in names:
             add(open_windows, T0, whose=name)
-        return {birth.key.tenant: birth.due_ms for birth in open_windows.begin(T0).born}
+        return {tenant: due_ms for _, _, tenant, _, due_ms in open_windows.begin(T0).born}
 
     here, there = closings(b"here"), closings(b"there")
     assert here == closings(b"here")
@@ -249,6 +249,25 @@ def test_a_tenant_unseen_for_a_day_makes_room_for_another() -> None:
     assert not add(open_windows, later_ms + 1, window_ms=later_ms, whose=key("d"))
 
 
+def test_tenants_unseen_for_a_day_are_looked_for_a_few_at_a_time() -> None:
+    open_windows = windows(max_tenants=3_000)
+    for number in range(3_000):
+        assert add(open_windows, T0 + (number % 10 > 0), whose=key(f"t-{number}"))
+    later_ms = T0 + TENANT_IDLE_MS  # one in ten is unseen for a day
+    before = open_windows.tenants
+    for number in range(300):
+        assert add(open_windows, later_ms, window_ms=later_ms, whose=key(f"new-{number}"))
+        assert before - open_windows.tenants < 50
+        before = open_windows.tenants
+    refused = 0
+    while not add(open_windows, later_ms + MINUTE_MS, window_ms=later_ms, whose=key("one-more")):
+        refused += 1
+        assert refused <= 3_000 // SWEEP
+    for number in range(1_000):
+        add(open_windows, later_ms + MINUTE_MS, window_ms=later_ms, whose=key(f"newer-{number}"))
+        assert open_windows.tenants <= 3_000
+
+
 @pytest.mark.parametrize("max_keys", [100, 1])
 def test_no_cell_passes_the_limit_and_nothing_is_lost_at_it(max_keys: int) -> None:
     open_windows = windows(max_keys=max_keys)
@@ -269,15 +288,13 @@ def test_a_turn_tells_the_store_of_births_and_of_what_changed_and_only_once() ->
     open_windows = windows()
     add(open_windows, T0, amount=2)
     turn = open_windows.begin(T0)
-    assert [(birth.id, birth.window_ms, birth.key, birth.due_ms) for birth in turn.born] == [
-        (1, T0, key(), END_MS)
-    ]
-    assert turn.changed == [(1, 1, 2)]
+    assert [*turn.born] == [(1, T0, *key(), END_MS)]
+    assert [*turn.changed] == [(1, 1, 2)]
     open_windows.commit(turn)
-    assert open_windows.begin(T0).changed == []
+    assert [*open_windows.begin(T0).changed] == []
     add(open_windows, T0, amount=3)
     turn = open_windows.begin(T0)
-    assert (turn.born, turn.changed) == ([], [(1, 2, 5)])
+    assert ([*turn.born], [*turn.changed]) == ([], [(1, 2, 5)])
 
 
 def test_rows_that_come_while_a_turn_is_under_way_belong_to_the_next() -> None:
@@ -285,10 +302,10 @@ def test_rows_that_come_while_a_turn_is_under_way_belong_to_the_next() -> None:
     add(open_windows, T0, amount=2)
     turn = open_windows.begin(T0)
     add(open_windows, T0, amount=5)
-    assert turn.changed == [(1, 1, 2)]
+    assert [*turn.changed] == [(1, 1, 2)]
     open_windows.commit(turn)
     turn = open_windows.begin(T0)
-    assert (turn.born, turn.changed) == ([], [(1, 2, 7)])
+    assert ([*turn.born], [*turn.changed]) == ([], [(1, 2, 7)])
 
 
 def test_a_cell_that_is_being_closed_gets_a_successor_of_its_own() -> None:
@@ -307,13 +324,11 @@ def test_a_turn_that_was_rolled_back_was_never_taken() -> None:
     add(open_windows, T0, amount=2)
     add(open_windows, T0, window_ms=T0 + MINUTE_MS, amount=3)
     first = open_windows.begin(END_MS)
+    told = first.closing, set(first.born), set(first.changed)
+    assert (len(told[0]), len(told[1]), len(told[2])) == (1, 1, 1)
     open_windows.rollback(first)
     second = open_windows.begin(END_MS)
-    assert (second.closing, set(second.born), set(second.changed)) == (
-        first.closing,
-        set(first.born),
-        set(first.changed),
-    )
+    assert (second.closing, set(second.born), set(second.changed)) == told
     assert open_windows.open_amounts() == (3,)
 
 
@@ -343,7 +358,7 @@ def test_restored_cells_go_on_where_they_were_under_ids_that_nobody_reuses() -> 
     add(open_windows, T0 + 1, amount=10)
     add(open_windows, T0 + 1, whose=key("gamma"))
     turn = open_windows.begin(T0 + 1)
-    assert [birth.id for birth in turn.born] == [10]
+    assert [number for number, *_ in turn.born] == [10]
     assert {number: (rows, amount) for number, rows, amount in turn.changed} == {4: (3, 15), 10: (1, 1)}
     open_windows.commit(turn)
     assert [cell.id for cell in take(open_windows, END_MS + 7)] == [4, 10, 9]
