@@ -23,6 +23,7 @@ int main(int count, char **arguments)
     wants.fields[3] = (wanted){FROM_ROUTE, 0, {{NULL, NULL}}};
     wants.fields[4] = (wanted){FROM_AUTHORITY, 0, {{NULL, NULL}}};
     wants.fields[5] = (wanted){FROM_SNI, 0, {{NULL, NULL}}};
+    prepare_fields(&wants);
     FILE *file = count == 2 ? fopen(arguments[1], "rb") : NULL;
     uint32_t size;
     unsigned long rows = 0, plain = 0, sum = 0;

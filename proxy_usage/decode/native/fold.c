@@ -261,9 +261,8 @@ static int book(walker *self, const source *from, const row *found, int http, ui
 int fold_row(walker *self, source *from, span raw, int http, uint64_t now_ms)
 {
     row found;
-    memset(&found, 0, offsetof(row, values));
-    for (unsigned index = 0; index < self->wants.count; index++) {
-        found.values[index] = (span){NULL, NULL};
+    memset(&found, 0, offsetof(row, values) + self->wants.count * sizeof *found.values);
+    for (unsigned index = 0; self->wants.constants && index < self->wants.count; index++) {
         if (self->wants.fields[index].kind == FROM_SOURCE) {
             PyObject *constant = PyTuple_GET_ITEM(from->constants, index);
             found.values[index].at = (const uint8_t *)PyBytes_AS_STRING(constant);

@@ -6,6 +6,21 @@
 static const uint64_t known_common = BIT(4) | BIT(5) | BIT(6) | BIT(8) | BIT(10) | BIT(12) | BIT(15) | BIT(16)
     | BIT(17) | BIT(19) | BIT(22) | BIT(23) | BIT(27) | BIT(29) | BIT(30) | BIT(33);
 
+void prepare_fields(wanted_fields *wants)
+{
+    wants->tags.count = wants->headers.count = 0;
+    wants->constants = 0;
+    for (unsigned number = 0; number < wants->count; number++) {
+        field_kind kind = wants->fields[number].kind;
+        wants->constants |= kind == FROM_SOURCE;
+        if (kind != FROM_TAG && kind != FROM_HEADER)
+            continue;
+        wanted_keys *keys = kind == FROM_TAG ? &wants->tags : &wants->headers;
+        memcpy(&keys->heads[keys->count], wants->fields[number].path[0].at + 1, sizeof *keys->heads);
+        keys->numbers[keys->count++] = (uint8_t)number;
+    }
+}
+
 /* A message of numbers alone: walked so that it is certain to be one. Present messages inside have no fields of use. */
 static inline int read_nothing(span rest)
 {
@@ -98,9 +113,7 @@ static inline int read_entry(span entry, span key, span *value)
     if (*entry.at == TAG(2, BYTES))
         return 0; /* the value before the key */
     size_t size = length(key);
-    /* A key begins with its tag and its length; where these and the first letter differ, no more is looked at. */
-    if (length(entry) < size || size < 3 || entry.at[1] != key.at[1] || entry.at[2] != key.at[2]
-        || memcmp(entry.at, key.at, size) != 0)
+    if (length(entry) < size || memcmp(entry.at, key.at, size) != 0)
         return 1;
     entry.at += size;
     if (value->at != NULL)
@@ -116,13 +129,19 @@ static inline int read_entry(span entry, span key, span *value)
     return 2;
 }
 
-static inline int read_entries(field_kind kind, span entry, const wanted_fields *wants, span *values)
+static inline int read_entries(const wanted_keys *keys, span entry, const wanted_fields *wants, span *values)
 {
     if (entry.at < entry.end && *entry.at == TAG(2, BYTES))
         return 0;
-    for (unsigned index = 0; index < wants->count; index++)
-        if (wants->fields[index].kind == kind && !read_entry(entry, wants->fields[index].path[0], &values[index]))
+    if (length(entry) < 1 + sizeof(uint16_t))
+        return 1; /* no key of ours is so short */
+    uint16_t head;
+    memcpy(&head, entry.at + 1, sizeof head);
+    for (unsigned index = 0; index < keys->count; index++) {
+        unsigned number = keys->numbers[index];
+        if (keys->heads[index] == head && !read_entry(entry, wants->fields[number].path[0], &values[number]))
             return 0;
+    }
     return 1;
 }
 
@@ -172,7 +191,7 @@ static int read_common(span rest, const wanted_fields *wants, row *out)
             return 0;
         switch (found.tag) {
         case TAG(22, BYTES):
-            if (!read_entries(FROM_TAG, found.bytes, wants, out->values))
+            if (!read_entries(&wants->tags, found.bytes, wants, out->values))
                 return 0;
             continue;
         case TAG(4, BYTES):
@@ -226,7 +245,7 @@ static int read_request(span rest, const wanted_fields *wants, row *out)
             return 0;
         switch (found.tag) {
         case TAG(13, BYTES):
-            if (!read_entries(FROM_HEADER, found.bytes, wants, out->values))
+            if (!read_entries(&wants->headers, found.bytes, wants, out->values))
                 return 0;
             continue;
         case TAG(1, VARINT): out->method = found.value; break;

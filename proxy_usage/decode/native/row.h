@@ -17,10 +17,24 @@ typedef struct {
     span path[MAX_PATH]; /* keys as a map's entry begins with them: tag, length, text */
 } wanted;
 
+/* Those of the fields that are read from entries of one map, and how their keys go on behind the tag: most entries
+   are told apart by that. */
+typedef struct {
+    unsigned count;
+    uint16_t heads[MAX_FIELDS];
+    uint8_t numbers[MAX_FIELDS];
+} wanted_keys;
+
 typedef struct {
     unsigned count;
     wanted fields[MAX_FIELDS];
+    /* what follows from these: see prepare_fields */
+    wanted_keys tags, headers;
+    int constants; /* whether there are fields that come from the source */
 } wanted_fields;
+
+/* Fills in what follows from the fields. Keys have three bytes at least: tag, length and a letter. */
+void prepare_fields(wanted_fields *wants);
 
 typedef struct {
     uint64_t type;

@@ -31,12 +31,13 @@ static int take_fields(walker *self, PyObject *fields)
         want->depth = (unsigned)depth;
         for (Py_ssize_t level = 0; level < depth; level++) {
             PyObject *key = PyTuple_GET_ITEM(keys, level);
-            if (!PyBytes_Check(key) || PyBytes_GET_SIZE(key) == 0)
-                return refuse("a key is bytes, and not none");
+            if (!PyBytes_Check(key) || PyBytes_GET_SIZE(key) < 3)
+                return refuse("a key is bytes: tag, length and a letter at least");
             want->path[level].at = (const uint8_t *)PyBytes_AS_STRING(key);
             want->path[level].end = want->path[level].at + PyBytes_GET_SIZE(key);
         }
     }
+    prepare_fields(&self->wants);
     self->keys = Py_NewRef(fields);
     return 1;
 }
