@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from listening import Client, Listening, soon
@@ -23,6 +24,14 @@ class Clock:
         return self.ms
 
 
+async def _sends(stream: Any, port: Listening, clock: Clock, gap_ms: int) -> None:
+    """Three messages, so far apart; the last of them just now."""
+    for number in range(1, 4):
+        clock.ms += gap_ms
+        await stream.write(message(http_row(), node_id="a"))
+        await _read(port, number)
+
+
 async def _read(port: Listening, rows: int) -> None:
     async with soon():
         while port.read < rows:
@@ -37,11 +46,7 @@ async def test_a_stream_ends_when_its_sender_knows_at_its_next_message(gap_ms: i
     clock = Clock()
     async with Listening(clock_ms=clock) as port, Client(port.port) as client:
         stream = client.stream()
-        for number in range(1, 4):
-            await stream.write(message(http_row(), node_id="a"))
-            await _read(port, number)
-            clock.ms += gap_ms
-        clock.ms -= gap_ms
+        await _sends(stream, port, clock, gap_ms)
         draining = asyncio.create_task(port.receiver.drain(30))
         with pytest.raises(OSError):  # noqa: PT012 (until nobody listens)
             while True:
@@ -62,10 +67,7 @@ async def test_a_quiet_stream_goes_on_until_its_sender_knows() -> None:
     clock = Clock()
     async with Listening(clock_ms=clock) as port, Client(port.port) as client:
         stream = client.stream()
-        for number in range(1, 4):
-            await stream.write(message(http_row(), node_id="a"))
-            await _read(port, number)
-            clock.ms += 50
+        await _sends(stream, port, clock, 50)
         draining = asyncio.create_task(port.receiver.drain(30))
         await asyncio.sleep(0.2)
         clock.ms += NOTICE_MS - 100
