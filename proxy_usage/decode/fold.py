@@ -162,8 +162,13 @@ class ProtobufFold(Fold):
         return self._pieces(first, sources, limit)
 
     def _pieces(self, piece: Drained, sources: list[Source], limit: int) -> Iterator[Drained]:
+        # Taken out one by one: to let go of all of them at once takes long.
         for source in sources:
-            for (window_ms, whose), cell in source.cells.items():
+            while source.cells:
+                (window_ms, whose), cell = source.cells.popitem()
+                for found in source.seen.values():
+                    if found:
+                        found.popitem()
                 if len(piece.totals) >= limit:
                     yield piece
                     piece = Drained()

@@ -332,6 +332,22 @@ def test_a_drained_fold_begins_anew() -> None:
     assert [total[:4] for total in fold.drain().totals.values()] == [[1, 1, 3, 4]]
 
 
+def test_a_drain_lets_go_of_sums_piece_by_piece() -> None:
+    fold = ProtobufFold(plan(), accepts=lambda *_: True, envoy=EnvoySettings(), identity_limit=1_000)
+    rows = [http_row(tags={"project_name": str(number)}).SerializeToString() for number in range(120)]
+    fold.message(ORIGIN, framed(rows), NOW_MS)
+    (source,) = fold._sums.sources.values()
+    assert (len(source.cells), sum(map(len, source.seen.values()))) == (120, 120)
+    pieces = fold.drains(50)
+    left = []
+    totals: dict[object, object] = {}
+    for piece in pieces:
+        totals |= piece.totals
+        left.append((len(source.cells), sum(map(len, source.seen.values()))))
+    assert left == [(69, 69), (19, 19), (0, 0)]  # the one behind a piece was looked at, too
+    assert len(totals) == 120
+
+
 def test_origins_are_kept_apart() -> None:
     fold = folder()
     for node in ("a", "b", "a"):
