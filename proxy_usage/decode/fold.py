@@ -6,7 +6,7 @@ time, its identity; then it goes into a sum or, where its stream may have more r
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -162,10 +162,13 @@ class ProtobufFold(Fold):
         return self._pieces(first, sources, limit)
 
     def _pieces(self, piece: Drained, sources: list[Source], limit: int) -> Iterator[Drained]:
-        # Taken out one by one: to let go of all of them at once takes long.
+        # Taken out one by one, in the order of their first rows: to let go of all of them at once takes long.
         for source in sources:
-            while source.cells:
-                (window_ms, whose), cell = source.cells.popitem()
+            places = deque(source.cells)
+            while places:
+                place = places.popleft()
+                cell = source.cells.pop(place)
+                window_ms, whose = place
                 for found in source.seen.values():
                     if found:
                         found.popitem()
