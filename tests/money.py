@@ -11,6 +11,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class Store:
         self.database.close()
 
     def close_window(self, *cells: Cell, now_ms: int = T0) -> tuple[Event, ...]:
-        return self.checkpoints.commit(turn(*cells), self.mint, now_ms)
+        following = replace(turn(*cells), number=self.database.known.turn + 1)
+        return self.checkpoints.commit(following, self.mint, now_ms)
 
     def add(self, *tenants: str, now_ms: int = T0) -> list[str]:
         """One event of one request per tenant, in this order; gives their ids."""

@@ -61,7 +61,9 @@ class Audits:
             if row is not None:
                 return msgspec.json.decode(row[0], type=Sink)
             sink = Sink(str(ULID()), now_ms)
-            db.execute("INSERT INTO meta VALUES('sink', ?)", (msgspec.json.encode(sink).decode(),))
+            written = msgspec.json.encode(sink).decode()
+            db.execute("INSERT INTO meta VALUES('sink', ?)", (written,))
+        self._database.known = self._database.known._replace(sink=written)
         return sink
 
     def adopted(self) -> dict[str, int]:

@@ -174,6 +174,7 @@ class Checkpoints:
             self._held = held_before
             self._origins.forget()
             raise
+        self._database.known = self._database.known._replace(turn=turn.number)
         self._grown += sum(map(len, records))
         return events
 

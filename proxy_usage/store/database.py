@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from proxy_usage.errors import StoreForeign, StoreFull, StoreUnavailable, StoreVersion
 from proxy_usage.store import aside
@@ -13,6 +14,22 @@ from proxy_usage.store.doubt import AT_ONCE_BYTES, Doubt
 from proxy_usage.store.migrate import HISTORY, History, migrate
 from proxy_usage.store.schema import Lock, connect, connect_readonly, translated
 from proxy_usage.store.space import Space
+
+
+class Mark(NamedTuple):
+    """What tells one store from another, and from an older copy of itself."""
+
+    sink: str | None
+    """Its name, as it is written there; None before it has one."""
+    turn: int
+    """The last turn known to have taken effect."""
+
+
+def mark(db: sqlite3.Connection) -> Mark:
+    """What tells this store from others."""
+    rows: dict[str, str] = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('sink', 'turn')"))
+    turn = rows.get("turn", "")
+    return Mark(rows.get("sink"), int(turn) if turn.isdecimal() else 0)
 
 
 class Database:
@@ -48,6 +65,8 @@ class Database:
         """Whether the file was opened without having been read whole."""
         self.broken = False
         """Whether the connection met an error of the disk: only ``reopen`` can help it."""
+        self.known = Mark(None, 0)
+        """What the store that is opened anew must have; kept up by whoever writes these."""
         self._doubt = Doubt(self.path, at_once_bytes)
         self._beside: sqlite3.Connection | None = None
         try:
@@ -67,6 +86,7 @@ class Database:
                 aside.check(db, self.path)
             migrate(db, self.path, self._history)
             with translated(self.path):
+                self.known = mark(db)
                 self.space.attach(db)
         except BaseException:
             db.close()
@@ -128,25 +148,65 @@ class Database:
     def reopen(self) -> None:
         """Opens the file anew and checks it: a connection that met an I/O error never recovers.
 
+        Only the store that was open is opened: while its disk is away there may be no file in its place, or
+        another, and to go on with that would be to forget what waits, or to send it again.
+
         What can be read after a failed sync may be in the system's memory alone. So before anything of it is
         believed, all of the log is written to the database once more, and synced.
 
         Raises:
-            StoreUnavailable: it still cannot be used. StoreForeign: it was damaged. StoreLocked: what lies
-                there now has another owner.
+            StoreUnavailable: it still cannot be used, or it is not there. StoreForeign: it was damaged.
+            StoreLocked: what lies there now has another owner.
         """
         self.db.close()
+        if not self.path.exists():  # nothing is to be made where its disk will be mounted
+            raise self._gone()
         self._lock.renew()
-        self.db = self._connect(check=True)
-        with translated(self.path):
-            (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        db = connect(self.path, self._max_bytes, self._history.newest, make=False)
+        try:
+            aside.check(db, self.path)
+            with translated(self.path):
+                self._compare(db)
+                self._write_out(db)
+                self.space.attach(db)
+        except BaseException:
+            db.close()
+            raise
+        self.db = db
+        self.unchecked = self.broken = False
+        self._doubt.settle()
+
+    def _write_out(self, db: sqlite3.Connection) -> None:
+        (busy, *_) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StoreUnavailable(
                 f"store {self.path} cannot be made durable: somebody is reading it",
                 hint="it is tried again; end programs that have the file open for long",
             )
-        self.unchecked = self.broken = False
-        self._doubt.settle()
+
+    def _gone(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"store {self.path} is not there any more",
+            hint="mount its disk again, or put the file back: the service goes on with it by itself."
+            " Only a restart would begin an empty one",
+        )
+
+    def _compare(self, db: sqlite3.Connection) -> None:
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            raise self._gone()
+        found = mark(db)
+        if found.sink != self.known.sink:
+            raise StoreUnavailable(
+                f"another store lies at {self.path} than the one that was open",
+                hint="mount the right disk, or restart the service if it is to work with this one",
+            )
+        if found.turn < self.known.turn:
+            raise StoreUnavailable(
+                f"store {self.path} is an older copy: it ends with turn {found.turn}, and turn"
+                f" {self.known.turn} was saved",
+                hint="mount the disk that was in use, or restart the service with --restored to work with"
+                " a backup",
+            )
 
     @contextmanager
     def transaction(self, *, usage: bool = False) -> Iterator[sqlite3.Connection]:

@@ -241,11 +241,12 @@ def translated(path: Path) -> Iterator[None]:
         raise StoreError(f"store {path}: {error}") from error
 
 
-def connect(path: Path, max_bytes: int, newest: int = VERSION) -> sqlite3.Connection:
+def connect(path: Path, max_bytes: int, newest: int = VERSION, *, make: bool = True) -> sqlite3.Connection:
     """Opens the store for writing, creating it where there is none. The caller holds the lock.
 
     Args:
         newest: the schema version that the caller brings an older store to.
+        make: False: where there is no file, none is made; an empty one stays empty.
 
     Raises:
         StoreVersion: a store of a newer version of this program.
@@ -254,16 +255,17 @@ def connect(path: Path, max_bytes: int, newest: int = VERSION) -> sqlite3.Connec
     """
     with translated(path):
         # Autocommit: transactions are begun and ended by hand, so that what one holds can be read off.
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        where = f"file:{quote(str(path))}?mode={'rwc' if make else 'rw'}"
+        db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
         try:
-            _prepare(db, path, max_bytes, newest)
+            _prepare(db, path, max_bytes, newest, make=make)
         except BaseException:
             db.close()
             raise
     return db
 
 
-def _prepare(db: sqlite3.Connection, path: Path, max_bytes: int, newest: int) -> None:
+def _prepare(db: sqlite3.Connection, path: Path, max_bytes: int, newest: int, *, make: bool) -> None:
     application = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
     empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
@@ -276,6 +278,8 @@ def _prepare(db: sqlite3.Connection, path: Path, max_bytes: int, newest: int) ->
             f"store {path} has schema version {version}, this program knows up to {newest}",
             hint="start the newer version of proxy-usage again, or restore the backup made before it",
         )
+    if empty and not make:
+        return
     if empty:
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only takes effect before the first table
     db.execute("PRAGMA journal_mode=WAL")

@@ -56,11 +56,14 @@ class FailingDisk:
     def fail(self) -> None:
         self._filler = fill(self._under)
 
+    def unmount(self) -> None:
+        """An empty directory is left in its place."""
+        self._call("umount", "--lazy", str(self.place))
+
     def repair(self) -> None:
-        """What an operator does: room, a check, and the file system mounted anew in its place."""
+        """What an operator does with what is unmounted: room, a check, and it is mounted in its place."""
         assert self._filler is not None
         self._filler.unlink()
-        self._call("umount", "--lazy", str(self.place))
         # A copy: what the program holds open keeps the broken file system alive behind the same image.
         copy = self._image.with_name("copy")
         self._call("cp", "--sparse=always", str(self._image), str(copy))
@@ -112,6 +115,7 @@ async def test_counting_goes_on_while_the_disk_fails_and_nothing_is_lost(
         assert (await sink.get("/healthz"))[0] == 200
         subprocess.run(["sync", "--file-system", str(disk.place)], check=False)  # as the kernel does in time
         await world.send(200)
+        disk.unmount()
         disk.repair()
         await world.equal()
         assert await sink.reasons() == {}
@@ -135,6 +139,11 @@ async def test_a_disk_that_fails_while_no_row_comes_is_opened_anew_too(
         await eventually(lambda: closed(sink), "every window is closed", why=sink.said)
         disk.fail()
         await eventually(lambda: "cannot be used" in sink.log.read_text(), "the error is met", why=sink.said)
+        disk.unmount()
+        # The empty directory is not taken for the store.
+        await eventually(lambda: "not there any more" in sink.log.read_text(), "it is gone", why=sink.said)
+        assert "store" in await sink.reasons()
+        assert list(disk.place.iterdir()) == []
         assert (await sink.get("/healthz"))[0] == 200
         disk.repair()
         world.billing.faults = Faults()

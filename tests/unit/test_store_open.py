@@ -14,6 +14,7 @@ from money import T0, Store, cell
 
 from proxy_usage.errors import StoreError, StoreForeign, StoreFull, StoreLocked, StoreUnavailable
 from proxy_usage.store import Batch, Database, Fate
+from proxy_usage.store.audits import Audits
 from proxy_usage.store.schema import APPLICATION_ID, VERSION, Lock, connect_readonly
 
 OWNER = """
@@ -239,3 +240,63 @@ def test_a_lock_is_taken_anew_where_another_disk_was_mounted_in_place(tmp_path: 
         with pytest.raises(StoreLocked):
             database.reopen()
         other.release()
+
+
+def moved(path: Path, to: Path) -> None:
+    """As a disk that is unmounted, or mounted: the store and all that belongs to it."""
+    to.mkdir()
+    for file in path.parent.glob(f"{path.name}*"):
+        file.rename(to / file.name)
+
+
+def test_a_store_that_is_not_there_any_more_is_not_made_anew(tmp_path: Path) -> None:
+    with Store(tmp_path / "disk") as store:
+        ids = store.add("alpha")
+        moved(store.database.path, tmp_path / "away")
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="not there any more") as caught:
+                store.database.reopen()
+            assert caught.value.retriable
+            assert list((tmp_path / "disk").iterdir()) == []
+            with pytest.raises(StoreUnavailable):
+                store.lease()
+        (tmp_path / "disk").rmdir()
+        moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
+        store.database.reopen()
+        assert [event.id for event in store.batch().events] == ids
+
+
+def test_an_empty_file_in_the_place_of_a_store_stays_empty(tmp_path: Path) -> None:
+    with Store(tmp_path / "disk") as store:
+        store.add("alpha")
+        moved(store.database.path, tmp_path / "away")
+        store.database.path.touch()
+        with pytest.raises(StoreUnavailable, match="not there any more"):
+            store.database.reopen()
+        assert store.database.path.stat().st_size == 0
+
+
+def test_another_store_or_an_older_copy_is_not_taken_for_the_one_that_was_open(tmp_path: Path) -> None:
+    with Store(tmp_path / "disk") as store:
+        Audits(store.database, keep_ms=1).sink(T0)
+        store.add("alpha")
+        store.database.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        copy = store.database.path.read_bytes()
+        ids = store.add("beta")
+        moved(store.database.path, tmp_path / "away")
+        store.database.path.write_bytes(copy)
+        with pytest.raises(StoreUnavailable, match="older copy: it ends with turn 1, and turn 2 was saved"):
+            store.database.reopen()
+        assert store.database.path.read_bytes() == copy
+        moved(store.database.path, tmp_path / "older")
+        with Store(tmp_path / "disk") as other:
+            Audits(other.database, keep_ms=1).sink(T0)
+            other.add("gamma")
+            other.add("delta")
+        with pytest.raises(StoreUnavailable, match="another store lies at"):
+            store.database.reopen()
+        moved(store.database.path, tmp_path / "other")
+        (tmp_path / "disk").rmdir()
+        moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
+        store.database.reopen()
+        assert [event.id for event in store.batch().events][-len(ids) :] == ids
