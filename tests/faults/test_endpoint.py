@@ -78,7 +78,8 @@ class Delivery:
                         self.task.result()
                         raise AssertionError("delivery ended by itself")
                     fates = await self.thread.run(self.store.fates)
-                    if not fates.get("pending"):
+                    # An attempt is counted after what it comes to is stored.
+                    if not fates.get("pending") and not self.courier._under_way:
                         return fates
                     await asyncio.sleep(0.005)
         except TimeoutError:
