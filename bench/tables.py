@@ -173,7 +173,7 @@ def tenants(results: dict[str, Any]) -> str:
             f"{one['us_close']:.0f}",
             f"{one['us_entry_at_60']:.2f}",
             f"{one['bytes_key']:,}" if one["tenants"] >= 1_000 else "–",
-            f"{one['turn_stall_ms']:.1f}",
+            *(held(one, what) for what in ("turn", "plain")),
         ]
         for fold, rows_ in results["tenants"]["figures"].items()
         for one in rows_
@@ -181,9 +181,18 @@ def tenants(results: dict[str, Any]) -> str:
     head = [
         *("fold", "tenants", "µs an entry, decode and fold", "bytes a row"),
         *("µs an entry, whole core", "µs a key's first entry", "µs to close a key"),
-        *("µs an entry at 60 a key", "bytes a key", "longest piece of a turn, ms"),
+        *("µs an entry at 60 a key", "bytes a key"),
+        *("pieces of turns over 2 ms; the longest", "of plain counting"),
     ]
     return table(head, rows)
+
+
+def held(one: dict[str, Any], what: str) -> str:
+    """How many of a run's pieces took too long, and the longest."""
+    over = f"{one[f'{what}_steps_over_2_ms']:,}"
+    if what == "turn":
+        over = f"{over} of {one['turn_steps']:,}"
+    return f"{over}; {one[f'{what}_stall_ms']:.1f} ms"
 
 
 def delivering(results: dict[str, Any]) -> str:

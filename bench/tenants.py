@@ -7,7 +7,8 @@ closing a key (its checkpoint, its events), and bytes of memory a key, all of th
 and fold alone, microseconds for an entry of a known key and, of the compiled fold, bytes a row. Windows are
 an hour long, so that none closes by itself. Entries go to tenants drawn at random, the worst case for every
 cache. Turns come as often as the service takes them: the dearer they are, the more seldom. The longest piece
-of work that holds the event loop is the pipeline's part of a turn; the store's part is a thread's.
+of work that holds the event loop is the pipeline's part of a turn; the store's part is a thread's. What the
+machine itself adds to a piece is read off as many pieces of plain counting, each as long as the median step.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ STEADY_ENTRIES = 5_000_000
 FOLDED_ENTRIES = 200_000
 CLOSED = 20_000
 """Keys that are closed to learn what one costs."""
+LONG_NS = 2_000_000
+"""What no step may take."""
 HOUR_MS = 3_600_000
 _SELF = os.getpid()
 
@@ -135,6 +138,7 @@ def measure(tenants: int) -> dict[str, Any]:
             chosen = (dice.choice(bench.templates) for _ in range(steady_messages // 5))
             rounds.append(_fed(bench, (numbered(one, tenants, dice, second) for one in chosen)))
         held = sorted(bench.steps_ns)
+        plain = sorted(_counting(len(held), held[len(held) // 2]))
         closed, used = _close(bench)
         bench.storage.close()
     steady = sorted(rounds)[2]
@@ -151,10 +155,25 @@ def measure(tenants: int) -> dict[str, Any]:
         "us_fold": fold_rounds,
         "bytes_row": bytes_row,
         "turn_steps": len(held),
-        "turn_steps_over_2_ms": sum(ns > 2_000_000 for ns in held),
+        "turn_steps_over_2_ms": sum(ns > LONG_NS for ns in held),
         "turn_stall_p999_ms": round(held[len(held) * 999 // 1_000] / 1e6, 2),
         "turn_stall_ms": round(held[-1] / 1e6, 2),
+        "plain_steps_over_2_ms": sum(ns > LONG_NS for ns in plain),
+        "plain_stall_ms": round(plain[-1] / 1e6, 2),
     }
+
+
+def _counting(pieces: int, each_ns: int) -> Iterator[int]:
+    """How long so many pieces of counting take, which would take ``each_ns`` on a machine of their own."""
+    trial, began = 1_000_000, time.thread_time_ns()
+    for _ in range(trial):
+        pass
+    turns = range(max(1, trial * each_ns // (time.thread_time_ns() - began)))
+    for _ in range(pieces):
+        began = time.thread_time_ns()
+        for _ in turns:
+            pass
+        yield time.thread_time_ns() - began
 
 
 def alone(config: Config, templates: Sequence[Message], tenants: int) -> tuple[list[float], int | None]:

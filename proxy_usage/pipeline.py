@@ -30,10 +30,10 @@ from proxy_usage.streams import Streams, StreamTurn
 from proxy_usage.turn import Held, Observed, Pending, Turn
 from proxy_usage.windows import Windows
 
-BOOK, BOOK_ROWS = 50, 20
-"""Totals, and rows of long streams, that are booked without a pause: half a millisecond of work, one step. Of
-keys never seen before it is half as many totals."""
-STEPS_A_PART = 3
+BOOK, BOOK_ROWS = 24, 12
+"""Totals, and rows of long streams, that are booked without a pause: one step, a third of a millisecond.
+Of keys never seen before it is half as many totals."""
+STEPS_A_PART = 5
 """Steps of what is set aside, after each part of a message: they book more rows than a part may bring."""
 MAX_ASIDE = 64
 """So many folds set aside, and a part does what they need, however long it takes: memory is bounded."""

@@ -210,7 +210,8 @@ def test_so_many_identities_that_the_fold_is_full_are_drained_in_between(tmp_pat
         for number in range(14):
             sink.read(*(row(tags={"project_name": f"t-{number}-{n}"}) for n in range(1_000)))
             assert not sink.pipeline._folds[Port.ALL].full
-        assert sink.pipeline.windows.tenants >= 10_000
+        # At least as many were booked as were read since the fold was full for the first time.
+        assert sink.pipeline.windows.tenants >= 9_000
         sink.turn()
         assert sink.rows() == {"counted": 14_000}
 

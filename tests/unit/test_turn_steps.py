@@ -70,7 +70,7 @@ def test_a_full_fold_is_booked_along_with_the_parts_that_follow(tmp_path: Path) 
             now = len(sink.pipeline.windows)
             longest, before = max(longest, now - before), now
             assert len(sink.pipeline._aside) <= 2
-        assert longest == STEPS_A_PART * BOOK // 2
+        assert longest == STEPS_A_PART * BOOK // 2 > 50
         assert before >= 15_000
         sink.turn()
         assert len(sink.pipeline.windows) == 24_000
