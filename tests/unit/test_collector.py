@@ -1,18 +1,64 @@
-"""The collector of cycles leaves alone what is held, and takes a thousandth of the time."""
+"""The collector of cycles leaves alone what is held until memory grows, and is a thousandth of the time."""
 
+import asyncio
 import gc
+import resource
 import sys
 
 import pytest
 
-from proxy_usage.service.collector import MAX_PAUSE_S, MIN_PAUSE_S, pause_s, settle
+from proxy_usage.service.collector import GROWN_BYTES, collect_seldom, due, settle
 
 
 @pytest.mark.parametrize(
-    ("spent_s", "pause"), [(0.0, MIN_PAUSE_S), (0.02, MIN_PAUSE_S), (0.5, 500.0), (9.0, MAX_PAUSE_S)]
+    ("passed_s", "spent_s", "grown", "expected"),
+    [
+        (60, 0.0, GROWN_BYTES, True),
+        (60, 0.0, GROWN_BYTES - 1, False),
+        (60, 0.95, GROWN_BYTES, False),
+        (950, 0.95, GROWN_BYTES, True),
+        (86_400, 0.95, 0, True),
+        (86_399, 0.95, 0, False),
+        (86_400, 90.0, GROWN_BYTES, False),
+    ],
 )
-def test_full_collections_are_as_rare_as_they_are_long(spent_s: float, pause: float) -> None:
-    assert pause_s(spent_s) == pause
+def test_full_collections_come_when_memory_grew_and_as_seldom_as_they_are_long(
+    passed_s: float, spent_s: float, grown: int, expected: bool
+) -> None:
+    assert due(passed_s, spent_s, grown) is expected
+
+
+async def test_cycles_that_grew_old_are_collected_once_memory_has_grown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("proxy_usage.service.collector.LOOK_S", 0.01)
+    freed: list[None] = []
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(None)
+
+    Cycle()
+    gc.disable()
+    collecting = asyncio.create_task(collect_seldom())
+    try:
+        await asyncio.sleep(0.1)
+        assert not freed
+        grown = bytearray(_most() + GROWN_BYTES)
+        async with asyncio.timeout(60):
+            while not freed:
+                await asyncio.sleep(0.01)
+        assert grown
+    finally:
+        gc.enable()
+        collecting.cancel()
+
+
+def _most() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def test_python_starts_no_full_collection_by_itself() -> None:
