@@ -11,7 +11,8 @@ import pytest
 from proxy_usage.config import Config, load_text
 from proxy_usage.errors import StageDied
 from proxy_usage.service.build import clock_ms, open_storage
-from proxy_usage.service.service import STALE_BEAT_MS, STALLED_MS, Service
+from proxy_usage.service.health import STALE_BEAT_MS, STALLED_MS
+from proxy_usage.service.service import Service
 
 SETTINGS = """
 listen: {grpc: "127.0.0.1:0", http: "127.0.0.1:0"}
