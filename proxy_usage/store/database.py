@@ -203,8 +203,14 @@ class Database:
         self.db.close()
 
     def _look(self) -> None:
-        """Raises StoreUnavailable when the path leads to another file than the open one, or to none: what is
-        written would be found by no later start."""
+        """Raises StoreUnavailable when the connection failed before, since what it reads may be anything; and
+        when the path leads to another file than the open one, or to none: what is written would be found by
+        no later start."""
+        if self.broken:
+            raise StoreUnavailable(
+                f"store {self.path} waits to be opened anew after an error",
+                hint="check the disk and the mount",
+            )
         file = place(self.path)
         if file is None:
             raise self._gone()
@@ -294,8 +300,7 @@ class Database:
     def _noted(self) -> Iterator[None]:
         """Remembers what an error says of the connection, and of the file."""
         try:
-            if not self.broken:
-                self._look()
+            self._look()
             yield
         except StoreUnavailable:
             self.broken = True

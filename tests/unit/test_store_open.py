@@ -163,7 +163,9 @@ def test_a_store_that_became_read_only_says_so_and_keeps_what_it_has(tmp_path: P
         store.db.execute("PRAGMA query_only=1")  # SQLITE_READONLY, as on a remounted disk
         with pytest.raises(StoreUnavailable, match="readonly"):
             store.add("beta")
-        store.db.execute("PRAGMA query_only=0")
+        with pytest.raises(StoreUnavailable, match="waits to be opened anew"):
+            store.batch()
+        store.database.reopen()
         assert [event.id for event in store.batch().events] == ids
 
 
@@ -193,6 +195,7 @@ def test_a_disk_that_takes_no_more_refuses_the_turn_and_takes_it_later(tmp_path:
         assert caught.value.retriable
         assert caught.value.hint
         assert len(made) >= 50
+        store.database.reopen()
         assert store.fates() == {"pending": len(made)}
         store.check_tallies()
         made += store.add("after")
