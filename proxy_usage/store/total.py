@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 
+from proxy_usage.store.usage import HeldHour, UsageNotes
 from proxy_usage.store.views import Conservation, MeterTerms, OutputStatus, Status, Tally
 
 
@@ -43,6 +44,24 @@ def total_conservation(found: Sequence[Conservation]) -> Conservation:
         outputs=tuple(chain.from_iterable(one.outputs for one in found)),
         deep=all(one.deep for one in found),
         differences=tuple(chain.from_iterable(one.differences for one in found)),
+    )
+
+
+def total_notes(found: Sequence[UsageNotes]) -> UsageNotes:
+    """What is to be said beside the usage of all of them: of since when all know something, the latest."""
+    held: dict[tuple[int, str], HeldHour] = {}
+    for one in chain.from_iterable(notes.held for notes in found):
+        place = (one.hour_ms, one.reason)
+        have = held.get(place, HeldHour(*place, 0, {}))
+        held[place] = replace(one, rows=have.rows + one.rows, amounts=_added((have.amounts, one.amounts)))
+    singles = [notes.single_since_ms for notes in found if notes.single_since_ms is not None]
+    known = [notes.known_since_ms for notes in found if notes.known_since_ms is not None]
+    return UsageNotes(
+        open_windows=sum(notes.open_windows for notes in found),
+        held=tuple(held[place] for place in sorted(held)),
+        summed=any(notes.summed for notes in found),
+        single_since_ms=max(singles, default=None),
+        known_since_ms=max(known, default=None),
     )
 
 
