@@ -18,7 +18,7 @@ from typing import Any, Self
 from proxy_usage.comparison import Ours
 from proxy_usage.errors import StoreVersion, UsageError
 from proxy_usage.store import sums, usage
-from proxy_usage.store.audits import Hour, hours
+from proxy_usage.store.audits import Hour, audited, hours
 from proxy_usage.store.database import counters
 from proxy_usage.store.held import unpack
 from proxy_usage.store.migrate import check_readable
@@ -150,6 +150,11 @@ class Reader:
         """What audits found in hours that begin in ``[from_ms, to_ms)``, by hour and node."""
         with self._snapshot() as db:
             return hours(db, from_ms, to_ms)
+
+    def audited(self) -> dict[str, str]:
+        """The node that each audited Envoy was last known as, by its URL, perhaps with an address."""
+        with self._snapshot() as db:
+            return audited(db)
 
     # --- queue ------------------------------------------------------------------------------------------
 
