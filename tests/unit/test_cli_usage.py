@@ -2,6 +2,8 @@
 
 import csv
 import io
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -209,6 +211,21 @@ def test_what_cannot_be_answered_is_said_before_anything_is_written(call: Caller
         answer = call("usage", "--tenant", "alpha", *arguments)
         assert (answer.code, answer.out) == (2, ""), answer
         assert words in answer.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_an_answer_that_cannot_be_written_is_an_error_in_words(call: Caller, form: str) -> None:
+    fill(call.store)
+    words = ("usage", "--config", str(call.config), "--tenant", "alpha", *TIME, form)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "proxy_usage", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"error: cannot write the answer: No space left on device\n",
+    )
 
 
 # --- one event ----------------------------------------------------------------------------------------
