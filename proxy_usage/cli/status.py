@@ -202,9 +202,11 @@ def _balance(sums: Conservation) -> str:
 
 
 def _output(one: OutputStatus) -> dict[str, Cell]:
-    paused = (
-        None if one.paused is None else f"paused since {moment(one.paused_ms)}: {one.paused} {one.detail}"
-    )
+    state = "ok"
+    if one.paused is not None:
+        state = f"paused since {moment(one.paused_ms)}: {one.paused} {one.detail}"
+    elif one.retrying_ms is not None:
+        state = f"retrying since {moment(one.retrying_ms)}: {one.answer[:80]}"
     return {
         "output": one.name,
         "pending": one.pending,
@@ -219,7 +221,7 @@ def _output(one: OutputStatus) -> dict[str, Cell]:
         "given up": one.given_up,
         "merged": one.merged,
         "oldest": moment(one.oldest_ms),
-        "state": paused or "ok",
+        "state": state,
     }
 
 

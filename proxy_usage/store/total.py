@@ -89,8 +89,8 @@ def _outputs(found: Iterable[OutputStatus]) -> tuple[OutputStatus, ...]:
 
 
 def _output(one: OutputStatus, other: OutputStatus) -> OutputStatus:
-    """Numbers are added; it is as old as the older, and paused if either is."""
-    apart = {"name", "added_ms", "oldest_ms", "paused", "paused_ms", "detail"}
+    """Numbers are added; it is as old as the older, paused if either is, and tries as long as either does."""
+    apart = {"name", "added_ms", "oldest_ms", "paused", "paused_ms", "detail", "retrying_ms", "answer"}
     numbers = {
         field.name: getattr(one, field.name) + getattr(other, field.name)
         for field in fields(OutputStatus)
@@ -98,8 +98,15 @@ def _output(one: OutputStatus, other: OutputStatus) -> OutputStatus:
     }
     oldest = [ms for ms in (one.oldest_ms, other.oldest_ms) if ms is not None]
     paused = one if one.paused is not None else other
+    retrying = [(have.retrying_ms, have.answer) for have in (one, other) if have.retrying_ms is not None]
+    retrying_ms, answer = min(retrying, default=(None, ""))
     return replace(
-        paused, **numbers, added_ms=min(one.added_ms, other.added_ms), oldest_ms=min(oldest, default=None)
+        paused,
+        **numbers,
+        added_ms=min(one.added_ms, other.added_ms),
+        oldest_ms=min(oldest, default=None),
+        retrying_ms=retrying_ms,
+        answer=answer,
     )
 
 

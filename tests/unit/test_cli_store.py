@@ -7,6 +7,7 @@ import pytest
 from cli_call import Caller
 from made_store import MINUTE, START, MadeStore
 
+from proxy_usage.events import rfc3339
 from proxy_usage.store import Fate
 
 READING = [
@@ -80,6 +81,16 @@ def test_status_in_words(call: Caller, ids: tuple[str, ...]) -> None:
     assert "rows          counted 6, skipped (upstream) 2" in lines
     assert any(line.startswith("billing ") for line in lines)
     assert any(line.startswith("node-a ") for line in lines)
+
+
+def test_status_says_since_when_an_output_is_tried_in_vain(call: Caller, ids: tuple[str, ...]) -> None:
+    (billing,) = call("status", "--json").json["outputs"]
+    assert (billing["retrying_ms"], billing["answer"]) == (START + 3 * MINUTE, "503 busy")
+    assert f"  retrying since {rfc3339(START + 3 * MINUTE)}: 503 busy\n" in call("status").out
+    with MadeStore(call.store) as store, store.database.transaction() as db:
+        db.execute("UPDATE batches SET answer=''")  # under way, or its answer is not known
+    (line,) = [line for line in call("status").out.splitlines() if line.startswith("billing ")]
+    assert line.endswith(" ok")
 
 
 def test_status_says_what_the_store_takes_of_what_it_may(call: Caller, ids: tuple[str, ...]) -> None:

@@ -82,6 +82,17 @@ def test_one_store_that_does_not_add_up_is_not_evened_out_by_another(call: Worke
     assert "NO: requests: 5 nowhere; requests: 5 not counted" in call("status").out
 
 
+def test_an_output_is_tried_in_vain_for_as_long_as_in_any_store(call: Workers) -> None:
+    for worker, answer in ((1, "503 busy"), (2, "connect")):
+        with MadeStore(call.stores()[worker], ("billing", "shadow")) as store:
+            store.queue.postpone(store.send(1).id, START + 10 * MINUTE, answer)
+            at_ms = START + (9 - worker) * MINUTE
+            store.database.db.execute("UPDATE deliveries SET first_attempt_ms=? WHERE batch>0", (at_ms,))
+    (billing, shadow) = call("status", "--json").json["outputs"]
+    assert (billing["retrying_ms"], billing["answer"]) == (START + 7 * MINUTE, "connect")
+    assert (shadow["retrying_ms"], shadow["answer"]) == (None, "")
+
+
 def test_lists_say_the_worker(call: Workers) -> None:
     waiting = call("queue", "ls", "--output", "billing", "--json").json["events"]
     assert [one["worker"] for one in waiting] == [0, 1, 2]
