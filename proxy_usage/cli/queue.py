@@ -162,7 +162,7 @@ def place_row(place: Place) -> dict[str, Cell]:
         "state": place.state,
         "since": moment(place.at_ms),
         "first sent": moment(place.first_attempt_ms),
-        "attempts": place.attempts,
+        "attempts": place.attempts if place.at_ms is None else None,  # nobody knows once it is settled
         "not before": moment(place.not_before_ms),
         "status": place.status,
         "reason": place.reason,

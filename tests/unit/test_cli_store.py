@@ -153,7 +153,13 @@ def test_queue_show_reads_the_stored_event(call: Caller, ids: tuple[str, ...]) -
 def test_queue_show_of_a_settled_event_has_its_fate_alone(call: Caller, ids: tuple[str, ...]) -> None:
     shown = call("queue", "show", ids[0], "--json").json
     assert (shown["event"], shown["body"], shown["places"][0]["state"]) == (None, None, "delivered")
-    assert "its bytes are gone" in call("queue", "show", ids[0]).out
+    said = call("queue", "show", ids[0]).out
+    assert "its bytes are gone" in said
+    at = rfc3339(START + 4 * MINUTE)
+    (line,) = [line for line in said.splitlines() if line.startswith("billing ")]
+    assert line.split() == ["billing", "delivered", at, "-", "-", "-", "200"]  # not that it was never tried
+    (line,) = [line for line in call("queue", "show", ids[3]).out.splitlines() if line.startswith("billing ")]
+    assert line.split()[:5] == ["billing", "attempted", "-", rfc3339(START + 3 * MINUTE), "1"]
 
 
 def test_queue_show_of_an_unknown_event(call: Caller, ids: tuple[str, ...]) -> None:
