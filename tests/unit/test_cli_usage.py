@@ -277,6 +277,12 @@ def test_an_unknown_event_says_where_it_was_looked_for_and_since_when(call: Call
     assert "an event is explained without options" in misled.err
 
 
+def test_an_id_that_lacks_a_character_is_told_how_ids_look(call: Caller) -> None:
+    fill(call.store)
+    answer = call("explain", "01ARZ3NDEKTSV4RRFFQ69G5FA")
+    assert (answer.code, "or an event's id, 26 characters" in answer.err) == (2, True)
+
+
 def test_a_file_that_is_called_like_an_event_is_a_file(
     call: Caller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
