@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, instant, load_config
 from proxy_usage.cli.show import Cell, emit, moment, safe, table
 from proxy_usage.errors import UsageError
 
@@ -41,15 +41,20 @@ def audit(
 ) -> None:
     """Show what Envoys sent and no sink received, per node.
 
-    Without times, the running service says what it knows of the last day. With times, RFC 3339, the store
-    says what was found, also without a service; what is not decided yet is not in it, and a configured Envoy
-    of which it has nothing is unknown. Exit code 0 if there are nodes and every one is complete, 1 if not.
+    Without times, the running service says what it knows of the last day. With times (dates or RFC 3339) the
+    store says what was found, also without a service; what is not decided yet is not in it, and a configured
+    Envoy of which it has nothing is unknown. Exit code 0 if there are nodes and every one is complete, 1 if
+    not.
     """
     loaded = load_config(config)
     if watch and (from_ or to or as_csv):
         raise UsageError("--watch shows the present", hint="leave out --from, --to and --csv")
     if from_ is not None or to is not None:
-        answer = _past(loaded, _time("--from", from_, 0), _time("--to", to, 1 << 62))
+        answer = _past(
+            loaded,
+            0 if from_ is None else instant("--from", from_),
+            1 << 62 if to is None else instant("--to", to),
+        )
     else:
         answer = _present(loaded)
         while watch:
@@ -59,19 +64,6 @@ def audit(
     _show(answer, as_json=as_json, as_csv=as_csv)
     if not answer["nodes"] or any(node["state"] != "complete" for node in answer["nodes"]):
         raise typer.Exit(1)
-
-
-def _time(option: str, text: str | None, otherwise: int) -> int:
-    from proxy_usage.config.units import parse_instant
-
-    if text is None:
-        return otherwise
-    try:
-        return parse_instant(text)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
-        ) from None
 
 
 def _present(loaded: Config) -> dict[str, Any]:

@@ -44,8 +44,9 @@ def compare(
 ) -> None:
     """Set another system's usage beside the ledger, per tenant and meter.
 
-    Differences are ours less theirs; known ones are named. Times are RFC 3339 and begin windows. Exit code 0
-    if all is equal, 1 if not. Without --output the ledger is that of the output that was added first.
+    Differences are ours less theirs; known ones are named. Times are dates or RFC 3339 in UTC, and begin
+    windows. Exit code 0 if all is equal, 1 if not. Without --output the ledger is that of the output that was
+    added first.
     """
     from proxy_usage.cli.stores import Readers, opened
     from proxy_usage.comparison import Theirs, combined

@@ -53,21 +53,32 @@ def load_config(path: Path | None) -> Config:
     return load(config_file(path), os.environ)
 
 
+def instant(option: str, text: str) -> int:
+    """The moment that an option names, as a date (its midnight) or a time, in UTC milliseconds.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from proxy_usage.config.units import parse_instant
+
+    try:
+        return parse_instant(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: {error}",
+            hint="write a date, e.g. 2026-09-01, or an RFC 3339 time with a zone, e.g. 2026-09-01T12:00:00Z",
+        ) from None
+
+
 def window_start(option: str, text: str, config: Config) -> int:
     """The moment that an option names, as a date (its midnight) or a time, in UTC milliseconds.
 
     Raises:
         UsageError: it is none, or no window begins then.
     """
-    from proxy_usage.config.units import parse_instant
     from proxy_usage.events import rfc3339
 
-    try:
-        at_ms = parse_instant(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
-        ) from None
+    at_ms = instant(option, text)
     length_ms = config.windows.length
     if at_ms % length_ms:
         before_ms = at_ms - at_ms % length_ms

@@ -53,6 +53,12 @@ def test_a_time_is_from_one_hour_up_to_another(call: Caller) -> None:
     assert [node["state"] for node in said.json["nodes"]] == ["complete", "complete"]
 
 
+def test_dates_are_midnights(call: Caller) -> None:
+    said = call("audit", "--from", "2027-01-15", "--to", "2027-01-16", "--json")
+    assert (said.json["from_ms"], said.json["to_ms"]) == (DAY, DAY + 24 * HOUR_MS)
+    assert len(said.json["hours"]) == 6
+
+
 def test_the_report_is_a_line_a_node(call: Caller) -> None:
     said = call("audit", "--to", "2028-01-01T00:00:00Z", "--csv")
     lines = list(csv.DictReader(io.StringIO(said.out)))

@@ -206,7 +206,7 @@ def test_what_cannot_be_answered_is_said_before_anything_is_written(call: Caller
         ((*TIME, "--by", "route"), "no dimension reads a route's name"),
         ((*TIME, "--output", "elsewhere", "--json"), "there is no output 'elsewhere'"),
         (("--from", "2026-11-02", "--to", "2026-11-01"), "--to is not after --from"),
-        (("--from", "yesterday", "--to", "2026-11-01"), "write an RFC 3339 time"),
+        (("--from", "yesterday", "--to", "2026-11-01"), "write a date, e.g. 2026-09-01, or an RFC 3339 time"),
     ):
         answer = call("usage", "--tenant", "alpha", *arguments)
         assert (answer.code, answer.out) == (2, ""), answer
