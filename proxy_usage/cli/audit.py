@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, instant, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, instant, reading_config
 from proxy_usage.cli.show import Cell, emit, moment, safe, table
 from proxy_usage.errors import UsageError
 
@@ -46,7 +46,7 @@ def audit(
     Envoy of which it has nothing is unknown. Exit code 0 if there are nodes and every one is complete, 1 if
     not.
     """
-    loaded = load_config(config)
+    loaded = reading_config(config)
     if watch and (from_ or to or as_csv):
         raise UsageError("--watch shows the present", hint="leave out --from, --to and --csv")
     if from_ is not None or to is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config, window_start
+from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, reading_config, window_start
 from proxy_usage.cli.show import Cell, emit, moment, plain, table
 from proxy_usage.errors import UsageError
 
@@ -52,7 +52,7 @@ def compare(
     from proxy_usage.comparison import Theirs, combined
     from proxy_usage.comparison import compare as compared
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     from_ms, to_ms = window_start("--from", from_, loaded), window_start("--to", to, loaded)
     if to_ms <= from_ms:
         raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")

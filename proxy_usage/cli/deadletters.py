@@ -18,6 +18,7 @@ from proxy_usage.cli.options import (
     LimitOption,
     OutputOption,
     load_config,
+    reading_config,
 )
 from proxy_usage.cli.queue import show_event
 from proxy_usage.cli.repair import repaired, when
@@ -51,7 +52,7 @@ def ls(
     """List dead letters with the reason and the endpoint's answer."""
     from proxy_usage.cli.stores import opened
 
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         letters = stores.listed(lambda reader: reader.dead_letters(output, reason, limit), limit)
         nothing = _nothing(stores, output, reason, "there are no dead letters")
     if as_json:
@@ -170,7 +171,7 @@ def export(
         raise UsageError(
             f"cannot write {file}: it exists", hint="name a file that does not exist yet, or add --force"
         )
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         having = stores.each(lambda reader: reader.dead_letters(output, reason, 1))
         lines = (
             _line(letter, body, stores.mark(worker))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy_usage.cli.options import load_config
+from proxy_usage.cli.options import reading_config
 from proxy_usage.cli.queue import place_row
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, table
 from proxy_usage.errors import UsageError
@@ -31,7 +31,7 @@ def explain_event(event_id: str, config: Path | None, as_json: bool) -> None:
     from proxy_usage.cli.stores import opened
     from proxy_usage.samples import read_event
 
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         traces = ((worker, reader.explain(event_id)) for worker, reader in stores.readers.items())
         worker, trace = next((found for found in traces if found[1] is not None), (0, None))
         if trace is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxy_usage.errors import UsageError
+from proxy_usage.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from proxy_usage.config import Config
@@ -51,6 +51,22 @@ def load_config(path: Path | None) -> Config:
     from proxy_usage.config import load
 
     return load(config_file(path), os.environ)
+
+
+def reading_config(path: Path | None) -> Config:
+    """The configuration that was named, for a verb that reads stores and asks services, and no more: the
+    files that it names may be missing, and others' to read.
+
+    Raises:
+        UsageError: none was. ConfigError: it has mistakes.
+    """
+    from proxy_usage.config import load
+
+    try:
+        return load(config_file(path), os.environ, files=False)
+    except ConfigError as error:
+        error.hint += "; a service that runs goes on with the configuration it has"
+        raise
 
 
 def instant(option: str, text: str) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, reading_config
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, size, table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def status(
     from proxy_usage.cli.stores import opened
     from proxy_usage.store.total import total_conservation, total_status
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     if watch:
         from proxy_usage.cli.watch import watch as keep_watching
         from proxy_usage.control import socket_path, supervisor_socket

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, LimitOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, LimitOption, load_config, reading_config
 from proxy_usage.cli.repair import repaired, when
 from proxy_usage.cli.show import Cell, emit, lossy, moment, table
 
@@ -22,7 +22,7 @@ def ls(config: ConfigOption = None, limit: LimitOption = 100, as_json: JsonOptio
     """List what is held: per UTC hour, reason and raw identity."""
     from proxy_usage.cli.stores import opened
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     with opened(loaded) as stores:
         held = stores.listed(lambda reader: reader.unattributed(limit), limit)
     plan = loaded.fold_plan()

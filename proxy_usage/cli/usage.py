@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config, window_start
+from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, reading_config, window_start
 from proxy_usage.cli.show import Cell, moment, plain, table
 from proxy_usage.errors import UsageError
 
@@ -62,7 +62,7 @@ def usage(
 
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other", hint="leave one out")
-    loaded = load_config(config)
+    loaded = reading_config(config)
     from_ms, to_ms = window_start("--from", from_, loaded), window_start("--to", to, loaded)
     if to_ms <= from_ms:
         raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")

@@ -58,6 +58,35 @@ def test_a_file_that_is_no_store_is_refused(verb: tuple[str, ...], call: Caller)
     assert "hint:" in answer.err
 
 
+TIME = ("--from", "2027-01-15", "--to", "2027-01-16")
+LOOKING = [
+    *(verb for verb in READING if "show" not in verb),
+    ("usage", "--tenant", "alpha", *TIME),
+    ("store", "check"),
+]
+
+
+@pytest.mark.parametrize("verb", LOOKING, ids=" ".join)
+def test_a_store_is_read_though_a_file_that_the_service_needs_is_missing(
+    verb: tuple[str, ...], call: Caller, ids: tuple[str, ...]
+) -> None:
+    outputs = [
+        {"name": "billing", "url": "http://127.0.0.1:1/", "token_file": "missing"},
+        {"name": "archive", "format": "file", "file": {"path": "no/such/directory/usage.ndjson"}},
+    ]
+    call.configure(outputs=outputs)
+    assert call(*verb).code == 0
+    assert call("validate").code == 78
+    assert call("deadletters", "replay").code == 78
+    call.configure(store={"path": str(call.store.parent / "no" / "such" / "usage.db")})
+    nothing = call(*verb)
+    assert (nothing.code, "there is no store at" in nothing.err) == (1, True)
+    call.configure(outputs=[{"name": "billing"}])
+    broken = call(*verb)
+    assert broken.code == 78
+    assert broken.err.endswith("; a service that runs goes on with the configuration it has\n")
+
+
 def test_status_in_json_has_integers_under_stable_keys(call: Caller, ids: tuple[str, ...]) -> None:
     shown = call("status", "--json").json
     (billing,) = shown["outputs"]
