@@ -65,7 +65,8 @@ def reading_config(path: Path | None) -> Config:
     try:
         return load(config_file(path), os.environ, files=False)
     except ConfigError as error:
-        error.hint += "; a service that runs goes on with the configuration it has"
+        if error.mistakes:
+            error.hint += "; a service that runs goes on with the configuration it has"
         raise
 
 
