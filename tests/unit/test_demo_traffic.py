@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from proxy_usage.config import load
+from proxy_usage.demo.account import Account
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.checks import DIMENSIONS, METERS
-from proxy_usage.demo.account import Account
 from proxy_usage.demo.compare import AccessLog, Spent, differences, lines, plain, table
 from proxy_usage.demo.http1 import Http1Client, TrafficError
 from proxy_usage.demo.http2 import FrameCounter, Http2Client
