@@ -57,8 +57,8 @@ def test_what_is_said_of_the_tiers_follows_from_the_unit_costs() -> None:
         f"{math.floor(1e-2 * HALF / row_s) * 100:,} requests a second through one sink",
         f"Up to some {math.floor(2e-3 * HALF / row_s):,},000 requests a second at one site:** two sinks",
         f"A million a second are {sinks} sinks at half load and {round(sinks * KEYS * METERS / 60)} events",
-        f"Two sinks with 1,000 keys make {2 * KEYS * METERS // 60} events a second with windows of 60 s,"
-        f" and {2 * KEYS * METERS / 3_600:.1f} with `1h`",
+        f"Two sinks with 1,000 keys make {2 * KEYS * METERS // 60} events a second with windows of 60 s",
+        f"and {2 * KEYS * METERS / 3_600:.1f} with `1h`",
         f"{math.ceil(1e8 * row_s):,} cores of sinks, wherever they stand: the rows are the cost, 6.7 µs",
         f"delivery over HTTP needs a core for {math.ceil(1e-3 / cost(*DELIVERED)):,},000",
     ):
