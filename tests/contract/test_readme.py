@@ -388,6 +388,16 @@ def test_reasons_why_rows_are_invalid_are_complete() -> None:
     assert words(row(section("What becomes of a row"), "invalid")) == raised
 
 
+def test_columns_of_status_are_explained_with_the_fates() -> None:
+    tree = ast.parse((PACKAGE / "cli" / "status.py").read_text())
+    (shown,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_output")
+    (columns,) = (node for node in ast.walk(shown) if isinstance(node, ast.Dict))
+    named = {ast.literal_eval(key) for key in columns.keys if key is not None}
+    explained = spans(section("What becomes of an event"))
+    plain = {"output", "attempted", "ambiguous", "oldest", "state"}
+    assert named - plain - {*explained} == set()
+
+
 def test_fates_of_events_exist() -> None:
     table = section("What becomes of an event")
     assert words(table) <= said_in_code()
