@@ -328,7 +328,7 @@ def _streams(config: Config) -> Iterator[Finding]:
 
 
 def _store(config: Config) -> Iterator[Finding]:
-    yield from store_findings(config.store.path)
+    yield from store_findings(config.store.path) if config.forward is None else ()
     least, each = config.workers * MIN_STORE, ", 1MiB for each worker" if config.workers > 1 else ""
     if config.store.max_bytes < least:
         yield Finding(
