@@ -211,7 +211,8 @@ class WindowsConfig(Section):
     max_skew: Duration = 300_000
     """Rows from further in the future are counted in the present window."""
     late_horizon: PositiveDuration = 29 * _DAY
-    """Rows older than this are counted in the present window."""
+    """Rows older than this are counted in the present window, events of windows older than this are not sent:
+    it has room for what a window takes until its events are made, and for 10 minutes of delivery."""
     checkpoint: PositiveDuration = 250
     max_keys: Count = 200_000
 
