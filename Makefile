@@ -12,6 +12,7 @@ export PROXY_USAGE_FOLD := $(FOLD)
 BENCH ?=
 ONLY ?=
 SAVE ?=
+MINUTES ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -63,9 +64,9 @@ bench-core: $(DEV)  ## what folding, checkpoints and rows of long streams cost h
 	@$(PY) bench/jetstream.py
 	@$(PY) bench/page.py
 
-soak: $(DEV)  ## 5 million waiting events, then 20 minutes of load, churn, rotation and outages
+soak: $(DEV)  ## 5 million waiting events, then 20 minutes (MINUTES=n) of load, churn, rotation and outages
 	@$(PY) bench/soak_backlog.py
-	@$(PY) bench/soak.py
+	@$(PY) bench/soak.py $(MINUTES)
 
 format: $(DEV)  ## rewrite the Python code in the house style
 	@$(PY) -m ruff check --fix .

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -187,13 +187,20 @@ def section(model: type[BaseModel], path: str, shown: Any, said: Mapping[str, st
         below, many = models(field.annotation)
         if below is not None:
             place = f"{dotted}.NAME" if many == "mapping" else f"{dotted}[]" if many else dotted
-            default = value or below.model_construct().model_dump(mode="json", by_alias=True)
-            inner.append((below, place, default if not many else first(value)))
-        default = "" if field.is_required() else "see below" if below and value else shortly(value)
+            default = None if many else value
+            default = default or below.model_construct().model_dump(mode="json", by_alias=True)
+            inner.append((below, place, default))
         marked = f"`{key}`" + (" ↻" if not needs_restart([dotted.replace("[]", ".NAME")]) else "")
         plain = re.sub(r"\[\]|\.NAME", "", dotted)
         about = field.description or said.get(plain) or (inspect.getdoc(below) if below else None) or ""
-        rows.append(f"| {marked} | {default} | {sentence(about)} |")
+        if field.is_required():
+            # What may be left out all the same has a default for each name.
+            stands = "required" if key in model.model_json_schema().get("required", ()) else "by its name"
+        elif many:
+            stands = several(field.get_default(call_default_factory=True), value)
+        else:
+            stands = "see below" if below and value else shortly(value)
+        rows.append(f"| {marked} | {stands} | {sentence(about)}{choices(field.annotation, about)} |")
     title = f"`{path}`" if path else "The whole file"
     about = " ".join((inspect.getdoc(model) or "").split())
     yield f"\n## {title}\n\n{about.replace('``', '`')}\n\n"
@@ -222,10 +229,24 @@ def models(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     return None, ""
 
 
-def first(value: Any) -> Any:
-    """An example of many."""
-    values = list(value.values()) if isinstance(value, dict) else value
-    return values[0] if values else None
+def several(default: Any, example: Any) -> str:
+    """The default of a list or a mapping of models: it belongs to the whole, not to its members."""
+    if isinstance(default, Mapping):
+        return ", ".join(f"`{name}`" for name in default)
+    written = [
+        yaml.safe_dump(one.model_dump(exclude_defaults=True), default_flow_style=True) for one in default
+    ]
+    if not written:
+        return "required" if example else "`[]`"
+    return ", ".join(f"`{one.strip()}`" for one in written)
+
+
+def choices(annotation: Any, about: str) -> str:
+    """The values that a key may have, as they are written, where ``about`` does not name them."""
+    if get_origin(annotation) is not Literal or all(f"`{one}`" in about for one in get_args(annotation)):
+        return ""
+    *others, last = (f"`{one}`" for one in get_args(annotation))
+    return f" {', '.join(others)} or {last}."
 
 
 def shortly(value: Any) -> str:

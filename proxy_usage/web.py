@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import hmac
 import inspect
 import ipaddress
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -160,7 +162,13 @@ class Web:
             await self._runner.cleanup()
             raise ListenError(
                 f"cannot listen on {self._host}:{self.port}: {_why(error)}",
-                hint="perhaps another process has the port: change listen.http or stop it",
+                hint="another process has the port: stop it, or change listen.http"
+                if error.errno == errno.EADDRINUSE
+                else "listen.http must name an address of this machine"
+                if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
+                else "this user may not listen there: use a port from 1024 on"
+                if error.errno in (errno.EACCES, errno.EPERM)
+                else "change listen.http",
             ) from None
         self.port = self._runner.addresses[0][1]
         self.guard = asyncio.create_task(self._sweep(), name="http port")
@@ -294,4 +302,6 @@ def _local(request: web.Request) -> bool:
 
 def _why(error: OSError) -> str:
     """asyncio puts a sentence with the address in it where the system's own words would be."""
+    if isinstance(error, socket.gaierror):  # its numbers are not the system's
+        return str(error.strerror)
     return os.strerror(error.errno) if error.errno else str(error)

@@ -178,6 +178,20 @@ def test_make_help_lists_every_verb() -> None:
     )
 
 
+def test_make_soak_takes_as_long_as_it_is_told() -> None:
+    make = shutil.which("make")
+    assert make, "the tests are started by make"
+    command = [make, "--no-print-directory", "--just-print", "soak"]
+    told, by_default = (
+        subprocess.run([*command, *more], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for more in (["MINUTES=13"], [])
+    )
+    assert "bench/soak.py 13" in told
+    minutes = re.findall(r"float\(sys.argv\[1\]\) .* else (\d+)", (ROOT / "bench" / "soak.py").read_text())
+    assert "bench/soak.py" in by_default
+    assert f"then {minutes[0]} minutes (MINUTES=n)" in (ROOT / "Makefile").read_text()
+
+
 def test_documents_name_verbs_that_exist() -> None:
     named = {
         verb

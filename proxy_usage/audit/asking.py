@@ -39,7 +39,7 @@ class Envoy:
 
 
 class Place(NamedTuple):
-    """A URL at one of the addresses that its host name stands for."""
+    """A URL at one of the addresses that its host name stands for; "": at none, the name is not known."""
 
     url: str
     address: str
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     def key(self) -> str:
         """Names it where it is stored and shown."""
         host = urlsplit(self.url).hostname
-        return self.url if host == self.address else f"{self.url} at {self.address}"
+        return self.url if self.address in ("", host) else f"{self.url} at {self.address}"
 
 
 class Asker:

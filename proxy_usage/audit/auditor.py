@@ -253,8 +253,9 @@ class Auditor:
     def _judge(self, look: _Look, found: list[tuple[str, Figures]]) -> Finding:
         key, now_ms = look.place.key, look.sights[-1].at_ms
         track = self._tracks.get(key)
-        if look.node is None or look.doubt:
+        if look.node is None or look.doubt or not look.place.address:
             reason = look.doubt or "it does not answer, and never did"
+            reason = reason if look.place.address else "the name is not known"
             return Finding(look.node or key, key, Pending(now_ms, 0, None, reason))
         if track is not None and track.node != look.node:  # another Envoy has its address now
             self._close(key, found)

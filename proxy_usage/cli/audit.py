@@ -46,7 +46,10 @@ def audit(
     Envoy of which it has nothing is unknown. Exit code 0 if there are nodes and every one is complete, 1 if
     not.
     """
+    from proxy_usage.cli.stores import refuse_forwarder
+
     loaded = reading_config(config)
+    refuse_forwarder(loaded)
     if watch and (from_ or to or as_csv):
         raise UsageError("--watch shows the present", hint="leave out --from, --to and --csv")
     if from_ is not None or to is not None:

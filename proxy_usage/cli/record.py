@@ -40,11 +40,13 @@ def record(
     several workers, all record, and it ends when the first of them has its share of --size.
     """
     from proxy_usage.cli.recordings import Recording
+    from proxy_usage.cli.stores import refuse_forwarder
     from proxy_usage.config.units import parse_size
     from proxy_usage.config.workers import worker_path
     from proxy_usage.control import NotRunning, socket_path
 
     loaded = load_config(config)
+    refuse_forwarder(loaded)
     path = file.absolute()
     stores = {worker: worker_path(loaded.store.path, worker) for worker in range(loaded.workers)}
     recording = Recording({worker: socket_path(store) for worker, store in stores.items()}, path)

@@ -30,10 +30,11 @@ def status(
 
     Works beside a running service, which is then asked as well, and without one. Amounts are base units.
     """
-    from proxy_usage.cli.stores import opened
+    from proxy_usage.cli.stores import opened, refuse_forwarder
     from proxy_usage.store.total import total_conservation, total_status
 
     loaded = reading_config(config)
+    refuse_forwarder(loaded)
     if watch:
         from proxy_usage.cli.watch import watch as keep_watching
         from proxy_usage.control import socket_path, supervisor_socket

@@ -67,14 +67,28 @@ class Readers:
         return {"worker": worker} if self.several else {}
 
 
+def refuse_forwarder(config: Config) -> None:
+    """For what reads or changes a store, or asks the process that owns one.
+
+    Raises:
+        UsageError: the configuration is a forwarder's, which has none.
+    """
+    if config.forward is not None:
+        raise UsageError(
+            "a forwarder has no store",
+            hint=f"see http://{config.listen.http}/metrics; what waits is in stream {config.forward.stream}",
+        )
+
+
 def store_paths(config: Config) -> dict[int, Path]:
     """The stores by worker: that of worker 0, and those of others that there are.
 
     Raises:
-        StoreUnavailable: their directory cannot be read.
+        StoreUnavailable: their directory cannot be read. UsageError: the configuration is a forwarder's.
     """
     from proxy_usage.config.workers import worker_stores
 
+    refuse_forwarder(config)
     try:
         return {0: config.store.path} | worker_stores(config.store.path)
     except OSError as error:

@@ -18,6 +18,7 @@ from proxy_usage.errors import ConfigError
 if TYPE_CHECKING:
     from proxy_usage.config import Config
     from proxy_usage.config.outputs import OutputConfig
+    from proxy_usage.delivery.transport import TokenFile
 
 CatalogOption = Annotated[
     Path | None,
@@ -89,12 +90,14 @@ def _check(config: Config, catalog: Path | None) -> list[str]:
 
 def _warnings(config: Config, now_ms: int) -> Iterator[str]:
     """What is allowed and may not be meant."""
-    from proxy_usage.config.fields import is_loopback
     from proxy_usage.config.units import format_size
 
-    if sys.platform != "linux":
+    if sys.platform != "linux" and config.forward is None:
         unbounded = format_size(config.listen.limits.unbounded())
         yield f"only Linux says what has arrived: here senders can make the sink hold {unbounded}"
+    for key, path, credentials in _credentials(config):
+        if not credentials.token():
+            yield f"{key}: {path} holds nothing that can be sent: it is empty, or has more than one line"
     sending = [output for output in config.outputs if output.format != "none"]
     if not sending:
         yield "no output sends anything: the ledger alone is kept"
@@ -108,22 +111,66 @@ def _warnings(config: Config, now_ms: int) -> Iterator[str]:
             if at_ms is not None and at_ms % config.windows.length:
                 # Whoever counts on the other side of the moment would count the window's rest twice, or not.
                 yield f"{name}: {bound} is within a window; windows are sent whole, by when they begin"
+    yield from _plain_text(config)
+
+
+def _plain_text(config: Config) -> Iterator[str]:
+    """What others on the way can read."""
+    from proxy_usage.config.fields import is_loopback
+
+    for output in config.outputs:
         url = urlsplit(output.url or "")
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        if url.scheme in ("http", "nats") and not is_loopback(f"{host}:80"):
+        if output.format != "none" and url.scheme in ("http", "nats") and not is_loopback(f"{host}:80"):
             what = (
                 "the credentials and all usage travel"
                 if output.token_file or output.user or (output.nats and output.nats.creds_file)
                 else "all usage travels"
             )
-            yield f"{name}: {what} in plain text to {url.hostname}"
+            yield f"outputs {output.name!r}: {what} in plain text to {url.hostname}"
     if config.forward is not None and config.forward.url.startswith("nats:"):
         host = urlsplit(config.forward.url).hostname or ""
         if not is_loopback(f"[{host}]:80" if ":" in host else f"{host}:80"):
             yield f"forward: all usage travels in plain text from {host}"
 
 
+def _credentials(config: Config) -> Iterator[tuple[str, Path, TokenFile]]:
+    """Each file with a secret that is used: its key, its path, and who reads it."""
+    from proxy_usage.delivery.transport import Password, TokenFile
+
+    listen, forward = config.listen, config.forward
+    tokens = {"listen.http_token_file": listen.http_token_file}
+    if forward is None:
+        tokens |= {"listen.token_file": listen.token_file, "audit.token_file": config.audit.token_file}
+    else:
+        tokens["forward.token_file"] = forward.token_file
+    for output in config.outputs:
+        if output.format == "none":
+            continue
+        tokens[f"outputs {output.name!r}: token_file"] = output.token_file
+        if output.user is not None and output.password_file is not None:
+            password = Password(output.user, output.password_file)
+            yield f"outputs {output.name!r}: password_file", output.password_file, password
+    for key, path in tokens.items():
+        if path is not None:
+            yield key, path, TokenFile(path)
+
+
 def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
+    outputs = [
+        {
+            "name": output.name,
+            "format": output.format,
+            "url": output.url,
+            "file": output.file and str(output.file.path),
+        }
+        for output in config.outputs
+    ]
+    declared = None if catalog is None else str(catalog)
+    if config.forward is not None:  # it has an HTTP port, and of all the rest nothing
+        forward = {name: getattr(config.forward, name) for name in ("url", "stream", "durable", "subject")}
+        listen = {"http": config.listen.http}
+        return {"listen": listen, "forward": forward, "outputs": outputs, "catalog": declared}
     limits = config.listen.limits.part(config.workers)
     return {
         "listen": {"grpc": config.listen.grpc, "streams": config.listen.streams, "http": config.listen.http},
@@ -131,15 +178,7 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
         "dimensions": {name: str(dimension.field) for name, dimension in config.dimensions.items()},
         "meters": [{"name": m.name, "type": m.type, "unit": m.unit} for m in config.meter_list()],
         "skip": [rule.reason for rule in config.skip],
-        "outputs": [
-            {
-                "name": output.name,
-                "format": output.format,
-                "url": output.url,
-                "file": output.file and str(output.file.path),
-            }
-            for output in config.outputs
-        ],
+        "outputs": outputs,
         "store": str(config.store.path),
         "workers": config.workers,
         "memory": {
@@ -148,7 +187,7 @@ def _summary(config: Config, catalog: Path | None) -> dict[str, Any]:
             "worst_case": config.worst_case_memory(),
             "unbounded": limits.unbounded(),
         },
-        "catalog": None if catalog is None else str(catalog),
+        "catalog": declared,
     }
 
 
@@ -157,9 +196,22 @@ def _place(output: OutputConfig) -> str | None:
 
 
 def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell]]:
-    from proxy_usage.config.units import format_size
+    if config.forward is not None:  # it has an HTTP port, and of all the rest nothing
+        yield "listen", f"HTTP {config.listen.http}"
+        yield "forward", f"{config.forward.subject} of {config.forward.stream} at {config.forward.url}"
+        yield "durable", config.forward.durable
+    else:
+        yield from _metered(config)
+    for output in config.outputs:
+        yield "output", f"{output.name} ({output.format}) {_place(output) or ''}".strip()
+    if config.forward is None:
+        yield from _kept(config)
+    if catalog is not None:
+        yield "catalog", f"{catalog}: every meter, unit and dimension is declared"
 
-    listen, limits = config.listen, config.listen.limits.part(config.workers)
+
+def _metered(config: Config) -> Iterator[tuple[str, Cell]]:
+    listen = config.listen
     streams = f", long streams {listen.streams}" if listen.streams else ""
     yield "listen", f"gRPC {listen.grpc}{streams}, HTTP {listen.http}"
     yield "tenants", ", then ".join(str(rule.field) for rule in config.tenant.rules)
@@ -167,10 +219,12 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
         yield "dimension", f"{name} from {dimension.field}"
     for meter in config.meter_list():
         yield "meter", f"{meter.name} as {meter.type} in {meter.unit}"
-    for output in config.outputs:
-        yield "output", f"{output.name} ({output.format}) {_place(output) or ''}".strip()
-    if config.forward is not None:
-        yield "forward", f"{config.forward.subject} of {config.forward.stream} at {config.forward.url}"
+
+
+def _kept(config: Config) -> Iterator[tuple[str, Cell]]:
+    from proxy_usage.config.units import format_size
+
+    limits = config.listen.limits.part(config.workers)
     yield "store", str(config.store.path)
     message, window = format_size(limits.message), format_size(limits.window)
     worst = format_size(config.worst_case_memory())
@@ -183,5 +237,3 @@ def _described(config: Config, catalog: Path | None) -> Iterator[tuple[str, Cell
     of = "each worker's senders" if config.workers > 1 else "senders"
     yield "", f"{of} may need {needed} of it at once: {product}"
     yield "samples", f"{len(config.meters)} events read by the CloudEvents SDK"
-    if catalog is not None:
-        yield "catalog", f"{catalog}: every meter, unit and dimension is declared"

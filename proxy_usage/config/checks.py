@@ -5,21 +5,24 @@ Every check takes the configuration and yields what is wrong; ``check`` runs the
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 from proxy_usage.config.fields import is_loopback, split_address
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import METER_TYPES, Config
-from proxy_usage.config.output_checks import archive_places, file_finding, output_findings
+from proxy_usage.config.output_checks import output_findings
+from proxy_usage.config.place_checks import archive_places, store_place
 from proxy_usage.config.sources import RuleConfig
 from proxy_usage.config.units import format_duration, format_size
 from proxy_usage.model import FieldKind
 
 _HOUR = 3_600_000
 _LATEST = 30 * 24 * _HOUR
+_DELIVERY = 600_000
+"""What an event must have to get out before it is too late: /readyz calls an output stalled after as long."""
+MIN_STORE = 1 << 20
+"""Below, a store holds little more than its empty tables: it would exceed what it may have."""
 _INT32 = (1 << 31) - 1
 _FRAME = (1 << 14, (1 << 24) - 1)
 """Least and greatest SETTINGS_MAX_FRAME_SIZE: RFC 9113, 6.5.2."""
@@ -50,7 +53,7 @@ def check(config: Config, *, files: bool = True) -> Iterator[Finding]:
         output_findings,
         _forward,
         _workers,
-        *((_store_place, archive_places) if files else ()),
+        *((store_place, archive_places) if files else ()),
     ):
         yield from one(config)
 
@@ -304,6 +307,17 @@ def _windows(config: Config) -> Iterator[Finding]:
             f"{format_duration(windows.late_horizon)} is too long: the endpoint takes nothing 30 days old",
             "use at most 29d",
         )
+    # From the beginning of a window to its last event: until all its keys are closed, and once more for rows
+    # that were late for that.
+    made = windows.length + windows.grace + windows.length // 4 + windows.reopen
+    if windows.late_horizon < made + _DELIVERY:
+        yield Finding(
+            ("windows", "late_horizon"),
+            f"{format_duration(windows.late_horizon)} is too short: a window's events are made up to"
+            f" {format_duration(made)} after it began, and need time to be delivered",
+            f"use at least {format_duration(made + _DELIVERY)}; 29d is the default",
+            concerns=(length, ("windows", "grace"), ("windows", "reopen")),
+        )
 
 
 def _streams(config: Config) -> Iterator[Finding]:
@@ -318,6 +332,14 @@ def _streams(config: Config) -> Iterator[Finding]:
 
 
 def _store(config: Config) -> Iterator[Finding]:
+    least, each = config.workers * MIN_STORE, ", 1MiB for each worker" if config.workers > 1 else ""
+    if config.store.max_bytes < least:
+        yield Finding(
+            ("store", "max_bytes"),
+            f"{format_size(config.store.max_bytes)} holds no more than empty tables",
+            f"use at least {format_size(least)}{each}; 8GiB is the default",
+            concerns=(("workers",),),
+        )
     if config.store.ledger_max_bytes > config.store.max_bytes:
         yield Finding(
             ("store", "ledger_max_bytes"),
@@ -325,17 +347,6 @@ def _store(config: Config) -> Iterator[Finding]:
             "use less than store.max_bytes",
             concerns=(("store", "max_bytes"),),
         )
-
-
-def _store_place(config: Config) -> Iterator[Finding]:
-    yield from store_findings(config.store.path)
-
-
-def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.access) -> Iterator[Finding]:
-    """What keeps a store from being opened at ``path``, without trying: directories and permissions."""
-    found = file_finding(path, "usage.db", access)
-    if found is not None:
-        yield Finding(("store", "path"), *found)
 
 
 def _forward(config: Config) -> Iterator[Finding]:

@@ -125,6 +125,7 @@ class ListenConfig(Section):
     insecure: Flag = False
     """Allows plaintext on addresses that other machines can reach."""
     tls: TlsConfig | None = None
+    """TLS of the two gRPC ports; unset: plaintext."""
     token_file: FilePath | None = None
     """Bearer token that clients must send."""
     http_token_file: FilePath | None = None
@@ -149,12 +150,13 @@ class EnvoyConfig(Section):
     """What must agree with the configuration of the Envoys."""
 
     flush_interval: Interval = None
-    """Envoy's access_log_flush_interval; None when Envoy sends no periodic rows."""
+    """Envoy's access_log_flush_interval; `off` where Envoy sends no periodic rows."""
     long_streams: Literal["here", "elsewhere"] = "here"
     """Whether rows of long streams are another process's, to which Envoy's filters send them."""
     connection_logs: tuple[Text, ...] = ("conn",)
     """Log names whose rows are listener rows, one per connection."""
     untyped: Literal["skip", "end"] = "skip"
+    """What rows without an access-log type are, which old Envoys send: skipped, or the end of a request."""
     tags: TagsConfig = TagsConfig()
 
 
@@ -209,7 +211,8 @@ class WindowsConfig(Section):
     max_skew: Duration = 300_000
     """Rows from further in the future are counted in the present window."""
     late_horizon: PositiveDuration = 29 * _DAY
-    """Rows older than this are counted in the present window."""
+    """Rows older than this are counted in the present window, events of windows older than this are not sent:
+    it has room for what a window takes until its events are made, and for 10 minutes of delivery."""
     checkpoint: PositiveDuration = 250
     max_keys: Count = 200_000
 
@@ -221,6 +224,7 @@ class StreamsConfig(Section):
     expire: Count = 3
     """Flush intervals of silence after which a stream is taken for gone."""
     remember: PositiveDuration = 30 * _DAY
+    """How long the totals of a stream that is gone are kept, for a row that comes late."""
 
 
 class StoreConfig(Section):
@@ -231,7 +235,9 @@ class StoreConfig(Section):
     ledger_max_bytes: PositiveSize = _GIB
     """Bound on the ledger, its hourly sums and origins: beyond it, rows become hourly sums early."""
     keep_delivered: PositiveDuration = 7 * _DAY
+    """How long rows stay in the ledger after delivery; then they become hourly sums."""
     keep_sums: PositiveDuration = 400 * _DAY
+    """How long hourly sums stay."""
 
 
 class AuditedEnvoy(Section):
@@ -240,9 +246,9 @@ class AuditedEnvoy(Section):
     url: HttpUrl
     """Admin port, or whatever serves /stats/prometheus; without a path, that one."""
     node: Text | None = None
-    """Its `node.id`. None: as it says itself, or by the address that its log streams come from."""
+    """Its `node.id`. Unset: as it says itself, or by the address that its log streams come from."""
     count: Literal["logs", "requests"] = "logs"
-    """``requests``: where other gRPC loggers share the counters of access logs."""
+    """`requests`: where other gRPC loggers share the counters of access logs; else `logs`."""
     managers: tuple[Text, ...] = ()
     """``stat_prefix`` of the connection managers that log to the sinks; empty: all of them."""
 
@@ -273,6 +279,7 @@ class LogConfig(Section):
     """Log lines go to standard output."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is below it is not written."""
     format: Literal["auto", "json", "console"] = "auto"
     """``auto``: JSON when the output is not a terminal."""
 
@@ -316,13 +323,13 @@ def _default_dimensions() -> dict[str, DimensionConfig]:
 
 
 class Config(Section):
-    """Everything the service can be told, as ``load`` returns it."""
+    """Everything the service can be told."""
 
     listen: ListenConfig = ListenConfig()
     envoy: EnvoyConfig = EnvoyConfig()
     tenant: TenantConfig = TenantConfig()
     dimensions: Mapping[str, DimensionConfig] = Field(default_factory=_default_dimensions)
-    """In the order written, which is the order of ``Key.dimensions``."""
+    """What events say beside the tenant, in the order written."""
     skip: tuple[SkipRule, ...] = ()
     meters: Annotated[Mapping[str, MeterConfig], BeforeValidator(_typed_meters)] = Field(
         default_factory=_default_meters, json_schema_extra={"propertyNames": {"enum": [*METER_TYPES]}}

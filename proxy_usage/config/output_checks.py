@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from proxy_usage.config.fields import UNREACHABLE
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import Config
 from proxy_usage.config.outputs import CeilometerConfig, OutputConfig
@@ -110,39 +108,3 @@ def _archive_findings(config: Config) -> Iterator[Finding]:
                 "name a file of its own, best on another disk",
                 concerns=(("store", "path"),),
             )
-
-
-def archive_places(config: Config) -> Iterator[Finding]:
-    """Archives that cannot be written where they are."""
-    for index, output in enumerate(config.outputs):
-        if output.format == "file" and output.file is not None:
-            found = file_finding(output.file.path, "usage.ndjson")
-            if found is not None:
-                yield Finding(("outputs", index, "file", "path"), *found)
-
-
-def file_finding(
-    path: Path, example: str, access: Callable[[Path, int], bool] = os.access
-) -> tuple[str, str] | None:
-    """What keeps a file from being written at ``path``, and what to do: found without trying."""
-    try:
-        return _file_finding(path, example, access)
-    except OSError as error:  # a directory above it may not be entered
-        return f"{path} cannot be reached: {error.strerror}", UNREACHABLE
-
-
-def _file_finding(path: Path, example: str, access: Callable[[Path, int], bool]) -> tuple[str, str] | None:
-    directory = path.parent
-    if path.is_dir():
-        return f"{path} is a directory", f"name a file, e.g. {example} in it"
-    if not directory.exists() and not directory.parent.is_dir():
-        return f"directory {directory} does not exist", f"create it: mkdir -p {directory}"
-    if directory.exists() and not directory.is_dir():
-        return f"{directory} is not a directory", "name a file in a directory"
-    writable = directory if directory.exists() else directory.parent
-    if not access(writable, os.W_OK | os.X_OK):
-        return (
-            f"directory {writable} cannot be written by this user",
-            "grant write permission (chown, fsGroup), or name another directory",
-        )
-    return None

@@ -166,7 +166,8 @@ class OutputConfig(Section):
     ``cloudevents``: batches for OpenMeter and the like. ``file``: an archive on disk. ``nats``: into a
     JetStream stream. ``none``: nothing is sent, the ledger is kept."""
     url: OutputUrl | None = None
-    """Where batches are posted, or the NATS server; `format: file` has none, `format: none` needs none."""
+    """Where batches are posted, or the NATS server: required, but `format: file` has none, and `format: none`
+    needs none."""
     source: Annotated[str, AfterValidator(_source)] = "//networking.datumapis.com/gateway"
     """The CloudEvents ``source`` of all events."""
     token_file: FilePath | None = None
@@ -192,9 +193,9 @@ class OutputConfig(Section):
     gzip: Flag = False
     """Compresses requests."""
     from_: Instant | None = Field(default=None, alias="from")
-    """Only windows that begin at or after this time are sent (milliseconds since the epoch)."""
+    """Only windows that begin at or after this time are sent: RFC 3339, with zone: `2026-12-01T00:00:00Z`."""
     until: Instant | None = None
-    """Only windows that begin before this time are sent."""
+    """Only windows that begin before this time are sent; written likewise."""
     content_type: Annotated[Text, AfterValidator(_content_type)] | None = None
     """Of `format: cloudevents`; unset: `application/cloudevents-batch+json`."""
     ceilometer: CeilometerConfig | None = None

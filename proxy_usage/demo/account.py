@@ -60,6 +60,22 @@ class Account:
         return self._of("dropped", "missing", "crash_lost")
 
     @property
+    def lost_requests(self) -> int:
+        """The same of requests alone."""
+        return self._of("dropped", "missing_http", "crash_lost")
+
+    def conclusion(self, events: int) -> str:
+        """What it came to, where nothing differs: ``events`` are those at the endpoint."""
+        if self.lost:
+            return (
+                f"accounted for: {self.delivered:,} of {self.clients:,} requests billed, "
+                f"{self.skipped:,} skipped, {self.lost_requests:,} lost on the way"
+            )
+        nobodys = f"; {self.strays:,} more were for a host that nobody owns, so nobody is billed"
+        billed = self.clients - self.strays
+        return f"equal: {billed:,} requests are {events:,} events" + (nobodys if self.strays else "")
+
+    @property
     def decided(self) -> bool:
         """Whether the audit has seen it all and leaves nothing open."""
         open_ends = self._of("unknown", "under_way")

@@ -88,6 +88,20 @@ class Line:
         sent = (self.sent.requests, self.sent.wire_in, self.sent.wire_out)
         return sent == (self.requests, self.ingress, self.egress) and self.spent.allows(self.seconds)
 
+    def verdict(self, *, final: bool = False) -> str:
+        """One word or three; ``final``: nothing is on its way any more."""
+        if self.equal:
+            return "equal"
+        if not final:
+            return "on its way"
+        more = (
+            self.requests > self.sent.requests
+            or self.ingress > self.sent.wire_in
+            or self.egress > self.sent.wire_out
+            or (not self.spent.allows(self.seconds) and 1000 * self.seconds > self.spent.ms)
+        )
+        return "differs" if more else "short"
+
 
 def lines(truth: Truth, sums: Mapping[tuple[str, str], int], spent: Mapping[str, Spent]) -> list[Line]:
     """One line per tenant that sent anything or was billed for anything."""
@@ -129,8 +143,8 @@ def differences(truth: Truth, arrived: Arrived, spent: Mapping[str, Spent]) -> l
     return wrong
 
 
-def table(shown: Iterable[Line], title: str) -> Table:
-    """Sent / delivered per tenant."""
+def table(shown: Iterable[Line], title: str, *, final: bool = False) -> Table:
+    """Sent / delivered per tenant; ``final``: nothing is on its way any more."""
     caption = (
         "seconds sent are Envoy's log file's, which drops what is below a millisecond of each request;\n"
         "they are billed whole: what is left over is carried to the route's next event"
@@ -147,7 +161,7 @@ def table(shown: Iterable[Line], title: str) -> Table:
             f"{line.sent.wire_in:,} / {line.ingress:,}",
             f"{line.sent.wire_out:,} / {line.egress:,}",
             f"{line.spent.ms // 1000:,} / {line.seconds:,}",
-            "[green]equal[/]" if line.equal else "[yellow]on its way[/]",
+            f"[{'green' if line.equal else 'yellow'}]{line.verdict(final=final)}[/]",
         )
     return drawn
 
@@ -157,5 +171,5 @@ def plain(line: Line) -> str:
     return (
         f"{line.tenant}: sent/delivered requests {line.sent.requests}/{line.requests}, "
         f"bytes in {line.sent.wire_in}/{line.ingress}, bytes out {line.sent.wire_out}/{line.egress}, "
-        f"seconds {line.spent.ms // 1000}/{line.seconds}: {'equal' if line.equal else 'on its way'}"
+        f"seconds {line.spent.ms // 1000}/{line.seconds}: {line.verdict()}"
     )

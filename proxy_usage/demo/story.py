@@ -215,7 +215,7 @@ class Story:
             Act(400, "the billing endpoint is well again: what waited goes out, each once", heal),
             Act(
                 600,
-                "the sink is killed (SIGKILL); traffic goes on, Envoy keeps its rows",
+                "the sink is killed (SIGKILL); traffic goes on, Envoy keeps what it has not handed over",
                 sink.kill,
                 come_back,
             ),
@@ -280,7 +280,8 @@ class Story:
         audited: Mapping[str, Any],
     ) -> int:
         log.follow()
-        self.console.print(table(lines(self.truth, billing.sums(), log.spent), "sent / delivered"))
+        drawn = table(lines(self.truth, billing.sums(), log.spent), "sent / delivered", final=True)
+        self.console.print(drawn)
         wrong = []
         with Reader(directory / "usage.db") as reader:
             account = self._account(billing, audited, reader.status().rows)
@@ -302,8 +303,8 @@ class Story:
         elif not wrong:
             events, again = len(billing.arrived.stored), billing.arrived.duplicates
             self._say(
-                f"equal: {self.truth.requests} requests are {events} events; "
-                f"{again} sent again and recognised; answers: {_listed(billing)}"
+                f"{account.conclusion(events)}; {again} sent again and recognised; "
+                f"answers: {_listed(billing)}"
             )
         return 1 if wrong else 0
 

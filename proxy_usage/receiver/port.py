@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass
 
@@ -94,6 +95,8 @@ def _bound(host: str, port: int, *, again: bool = True, shared: bool = False) ->
         bound.close()
         raise ListenError(
             f"cannot listen on {host}:{port}: {error.strerror}",
-            hint="a second proxy-usage may have the port: stop it or change listen.grpc",
+            hint="listen.grpc must name an address of this machine"
+            if error.errno == errno.EADDRNOTAVAIL
+            else "a second proxy-usage may have the port: stop it or change listen.grpc",
         ) from None
     return bound

@@ -383,3 +383,14 @@ def test_a_sink_says_what_it_received_by_log() -> None:
     ]
     assert found.got("edge", "logs").rows == 7
     assert (found.got("edge", "requests").rows, found.got("edge", "requests").http) == (4, 4)
+
+
+@pytest.mark.parametrize("node", [None, "edge"])
+async def test_a_name_that_nobody_knows_is_called_that(tmp_path: Path, node: str | None) -> None:
+    async with site(tmp_path) as here:
+        url = here.url("nope.invalid")
+        latest = await here.rounds(here.auditor(Envoy(url, node=node)))
+    (found,) = [one for one in latest["nodes"] if one["node"] == (node or url)]
+    assert "the name is not known" in str(found)
+    assert " at " not in str(found)
+    assert "answer" not in str(found)

@@ -99,6 +99,90 @@ def test_what_may_not_be_meant_is_a_warning(
     assert "\nwarning: " in call("validate").out
 
 
+@pytest.mark.parametrize("text", ["", "\n", "two\nlines"])
+def test_a_file_that_holds_no_secret_is_a_warning(text: str, call: Caller, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(text)
+    sections: dict[str, dict[str, Any]] = {
+        "listen.token_file": {"listen": {"token_file": "secret"}},
+        "listen.http_token_file": {"listen": {"http_token_file": "secret"}},
+        "audit.token_file": {"audit": {"token_file": "secret"}},
+        "outputs 'billing': token_file": {"outputs": [BILLING | {"token_file": "secret"}]},
+        "outputs 'billing': password_file": {
+            "outputs": [BILLING | {"user": "me", "password_file": "secret"}],
+        },
+        "forward.token_file": {
+            "forward": {"url": "nats://127.0.0.1:4222", "stream": "S", "token_file": "secret"},
+            "outputs": [BILLING],
+        },
+    }
+    for key, section in sections.items():
+        call.configure(**{"outputs": [BILLING]} | section)
+        (warning,) = call("validate", "--json").json["warnings"]
+        assert warning.startswith(f"{key}: {tmp_path / 'secret'} holds nothing that can be sent"), key
+    (tmp_path / "secret").write_text("one\n")
+    call.configure(outputs=[BILLING | {"token_file": "secret"}])
+    assert call("validate", "--json").json["warnings"] == []
+
+
+def test_where_nothing_is_sent_nothing_travels_in_plain_text(call: Caller, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("")
+    shadow = {"name": "shadow", "format": "none", "url": "http://billing.example.com/", "token_file": "token"}
+    call.configure(outputs=[BILLING, shadow])
+    assert call("validate", "--json").json["warnings"] == []
+
+
+FORWARDER = {
+    "forward": {"url": "tls://nats.example.com:4222", "stream": "USAGE"},
+    "outputs": [BILLING],
+    "listen": {"http": "127.0.0.1:9190"},
+}
+
+
+def test_of_a_forwarder_only_what_it_uses_is_said(call: Caller) -> None:
+    call.configure(**FORWARDER)
+    said = call("validate")
+    assert said.code == 0
+    keys = {line.split()[0] for line in said.out.splitlines()[:-1]}
+    assert keys == {"listen", "forward", "durable", "output"}
+    assert "listen   HTTP 127.0.0.1:9190\n" in said.out
+    assert "billing.usage.*.ingest of USAGE at tls://nats.example.com:4222" in said.out
+    shown = call("validate", "--json").json
+    assert set(shown) == {"ok", "config", "listen", "forward", "outputs", "catalog", "warnings"}
+    assert shown["forward"]["durable"] == "proxy-usage"
+
+
+def test_a_forwarder_needs_no_place_for_a_store(call: Caller, tmp_path: Path) -> None:
+    store = {"store": {"path": str(tmp_path / "no" / "such" / "usage.db")}}
+    call.configure(**FORWARDER | store)
+    assert call("validate").code == 0
+    call.configure(**store)
+    assert call("validate").code == 78
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("unattributed", "ls"),
+        ("unattributed", "replay"),
+        ("outputs", "retire", "billing"),
+        ("store", "check"),
+        ("queue", "ls"),
+        ("deadletters", "ls"),
+        ("deadletters", "replay"),
+        ("compare", "--from", "2026-11-01", "--to", "2026-12-01", "--csv", "-"),
+        ("record", "rows.binpb"),
+        ("status",),
+    ],
+    ids=" ".join,
+)
+def test_verbs_about_a_store_say_that_a_forwarder_has_none(verb: tuple[str, ...], call: Caller) -> None:
+    call.configure(**FORWARDER)
+    said = call(*verb)
+    assert said.code == 2
+    assert "a forwarder has no store" in said.err
+    assert "http://127.0.0.1:9190/metrics" in said.err
+
+
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:8080/", "http://localhost/", "http://[::1]:1/", "https://a.b/"]
 )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from proxy_usage.config import load_text
-from proxy_usage.config.checks import store_findings
+from proxy_usage.config.checks import MIN_STORE
+from proxy_usage.config.place_checks import store_findings
 from proxy_usage.errors import ConfigError
+from proxy_usage.store.space import MIN_LIMIT
 
 OUTPUT = "outputs: [{name: b, url: 'http://localhost:8080/x'}]\n"
 
@@ -220,6 +222,20 @@ ONE_MISTAKE = {
         "at most 1s",
     ),
     "later than the endpoint": ("windows: {late_horizon: 30d}", 2, "windows.late_horizon", "30 days", "29d"),
+    "too late at once": (
+        "windows:\n  length: 10s\n  grace: 1s\n  late_horizon: 1s",
+        5,
+        "windows.late_horizon",
+        "1s is too short: a window's events are made up to 23s500ms after it began",
+        "at least 10m23s500ms",
+    ),
+    "too late when a late row reopened it": (
+        "windows: {length: 1h, late_horizon: 2h}",
+        2,
+        "windows.late_horizon",
+        "2h15m5s after it began",
+        "2h25m5s",
+    ),
     "forgotten before expiry": (
         "envoy: {flush_interval: 1h}\nstreams: {remember: 1h}",
         3,
@@ -242,6 +258,20 @@ ONE_MISTAKE = {
         "store.ledger_max_bytes",
         "more than the whole store",
         "store.max_bytes",
+    ),
+    "store without room": (
+        "store:\n  max_bytes: 1\n  ledger_max_bytes: 1",
+        3,
+        "store.max_bytes",
+        "no more than empty tables",
+        "at least 1MiB",
+    ),
+    "store without room for its workers": (
+        "store: {max_bytes: 3MiB, ledger_max_bytes: 1MiB}\nworkers: 4",
+        2,
+        "store.max_bytes",
+        "3MiB holds no more than empty tables",
+        "at least 4MiB, 1MiB for each worker",
     ),
     "memory too small for senders": (
         "listen:\n  limits:\n    memory: 512MiB",
@@ -543,6 +573,18 @@ def test_outputs_named_with_place_and_remedy(
     said, _, told = found.removeprefix(place).partition("; ")
     assert what in said
     assert remedy in told
+
+
+@pytest.mark.parametrize("length", ["1s", "10s", "1h"])
+def test_the_shortest_horizon_is_taken(tmp_path: Path, length: str) -> None:
+    found = mistakes(OUTPUT + f"windows: {{length: {length}, late_horizon: 1s}}", tmp_path)[0]
+    least = found.partition("use at least ")[2].partition(";")[0]
+    text = OUTPUT + f"windows: {{length: {length}, late_horizon: {least}}}"
+    load_text(text, origin="c.yaml", base=tmp_path, env={})
+
+
+def test_the_least_store_is_what_a_store_may_exceed_its_bound_by() -> None:
+    assert MIN_STORE == MIN_LIMIT
 
 
 def test_store_directory_that_cannot_be_written(tmp_path: Path) -> None:

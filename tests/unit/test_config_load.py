@@ -97,9 +97,9 @@ def test_scalars_mean_what_they_look_like(tmp_path: Path) -> None:
 
 
 def test_sections_without_keys_and_aliases(tmp_path: Path) -> None:
-    config = read("listen:\nwindows: {length: &l 10s, late_horizon: *l}\nmeters: {requests: }", tmp_path)
+    config = read("listen:\nwindows: {length: &l 10s, max_skew: *l}\nmeters: {requests: }", tmp_path)
     assert config.listen == Config().listen
-    assert config.windows.late_horizon == config.windows.length == 10_000
+    assert config.windows.max_skew == config.windows.length == 10_000
     assert [meter.type for meter in config.meter_list()] == ["networking.datumapis.com/gateway/requests"]
 
 

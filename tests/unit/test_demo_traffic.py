@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from proxy_usage.config import load
+from proxy_usage.demo.account import Account
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.checks import DIMENSIONS, METERS
 from proxy_usage.demo.compare import AccessLog, Spent, differences, lines, plain, table
@@ -299,6 +300,45 @@ def test_the_table_shows_both_numbers() -> None:
     shown = console.export_text()
     assert "1,266 / 1,266" in shown
     assert "equal" in shown
+
+
+@pytest.mark.parametrize(
+    ("meter", "value", "said"),
+    [
+        (METERS[0], -1, "short"),
+        (METERS[1], -1, "short"),
+        (METERS[2], 1, "differs"),
+        (METERS[3], 9, "differs"),
+    ],
+)
+def test_in_the_end_nothing_is_on_its_way(meter: str, value: int, said: str) -> None:
+    truth, arrived, spent = sent_and_delivered()
+    sums = arrived.sums()
+    sums["alpha", meter] += value
+    for final, words in ((False, "on its way"), (True, said)):
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(table(lines(truth, sums, spent), "now", final=final))
+        assert words in (shown := console.export_text())
+        assert "equal" not in shown
+
+
+def test_strays_are_not_among_the_equal() -> None:
+    said = Account(606, 6, {}, {}, 600).conclusion(8)
+    assert said == (
+        "equal: 600 requests are 8 events; 6 more were for a host that nobody owns, so nobody is billed"
+    )
+    assert Account(100, 0, {}, {}, 100).conclusion(8) == "equal: 100 requests are 8 events"
+
+
+def test_lost_requests_are_accounted_for_and_not_called_equal() -> None:
+    way, crash = {"received": 1_093, "missing": 7, "missing_http": 7}, {"received": 1_100, "crash_lost": 7}
+    for kind in (way, crash):
+        fates = {"counted": {"": 1_092}, "skipped": {"no_route": 1}}
+        one = Account(1_100, 1, {"written": 1_100, **kind}, fates, 1_092)
+        assert one.differences() == []
+        assert one.conclusion(8) == (
+            "accounted for: 1,092 of 1,100 requests billed, 1 skipped, 7 lost on the way"
+        )
 
 
 def test_the_sinks_configuration_is_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
+from proxy_usage.errors import ListenError
 from proxy_usage.metrics import Metrics
 from proxy_usage.web import MAX_CONNECTIONS, Health, Web
 
@@ -61,6 +62,30 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
     """What was still said until the other end closed."""
     async with asyncio.timeout(30):
         return await reader.read()
+
+
+@pytest.mark.parametrize(
+    ("host", "said", "hint"),
+    [
+        ("127.0.0.1", "Address already in use", "another process has the port"),
+        ("192.0.2.7", "Cannot assign requested address", "listen.http must name an address of this machine"),
+        ("nope.invalid", "", "listen.http must name an address of this machine"),
+    ],
+)
+async def test_why_it_cannot_listen_and_what_to_do(host: str, said: str, hint: str) -> None:
+    async with serving() as taken:
+        web = Web(
+            host,
+            taken.port,
+            metrics=Metrics(),
+            health=lambda: Health(True, {}),
+            refresh=lambda: None,
+        )
+        with pytest.raises(ListenError) as caught:
+            await web.start()
+    assert said in caught.value.message
+    assert "Unknown error" not in caught.value.message
+    assert hint in (caught.value.hint or "")
 
 
 async def test_probes_need_no_token_and_everything_else_does() -> None:
