@@ -10,6 +10,8 @@
   show from memory what it does not have.
 - Files are never removed. At ``max_bytes`` the output pauses, and events wait in the store.
 - One process writes an archive, by a lock file beside it.
+- A file that is gone was moved away, and a new one begins; a directory that is gone, or whose disk is, pauses
+  the output: an archive that went on in an empty mount point would be found by nobody.
 
 Everything here blocks; it runs on a thread of its own.
 """
@@ -31,6 +33,7 @@ import msgspec
 import structlog
 
 from proxy_usage.config.outputs import FileConfig
+from proxy_usage.delivery.disk import Disk, NotMounted
 from proxy_usage.outputs.base import Paused, Retry, Settled, Verdict
 from proxy_usage.store import Fate, Queued
 
@@ -40,6 +43,7 @@ TAIL = 2 << 20
 """Bytes that are looked at after a crash: more than the largest batch, and only one is ever unsettled."""
 MODE = 0o640
 DISK_FULL, ARCHIVE_FULL, IN_USE = "disk_full", "archive_full", "archive_in_use"
+NOT_MOUNTED = "not_mounted"
 BEGINNING = b'{"specversion":'
 """Of every event. What a file ends in and begins otherwise, but for a lost block of zeros, is not ours."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -84,6 +88,8 @@ class Archive:
         self.config = config
         self._path = config.path
         self._open: _Open | None = None
+        self._disk: Disk | None = None
+        """Where the directory was when a file was last opened; None: not found yet."""
         self._last_ms = 0
         """Time in the newest name that was given."""
         self._finished_bytes: int | None = None
@@ -191,17 +197,18 @@ class Archive:
 
         Raises:
             BlockingIOError: another process has it.
+            NotMounted: its directory, or the disk under it, went away since it was opened first.
             OSError: it cannot be opened, read or repaired.
         """
         if self._open is not None and not (
             _same(self._open.fd, self._path) and _same(self._open.lock, self._lock_path)
         ):
+            self._look_at_disk()
             log.warning("an archive was moved away while it was written", file=str(self._path))
             self.close()
         if self._open is None:
-            if not self._path.parent.exists():
-                self._path.parent.mkdir()
-                _sync_directory(self._path.parent.parent)
+            self._look_at_disk()
+            self._disk = Disk.of(self._path.parent)
             self._finished_bytes = None
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
             fd = -1
@@ -219,11 +226,21 @@ class Archive:
                 raise
         return self._open
 
+    def _look_at_disk(self) -> None:
+        """Makes the directory, once: from then on it has to be there, and on its disk. Raises OSError."""
+        directory = self._path.parent
+        if self._disk is not None:
+            self._disk.check(directory)
+        elif not directory.exists():
+            directory.mkdir()
+            _sync_directory(directory.parent)
+
     def _create(self) -> int:
         """The file's descriptor; a new file's name is durable before anything is written to it."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
         try:
             _sync_directory(self._path.parent)
+            self._look_at_disk()  # it may have gone since this was asked before
         except OSError:
             os.close(fd)
             raise
@@ -292,6 +309,8 @@ class Archive:
 
 def _verdict(error: OSError) -> Retry | Paused:
     text = f"{error.filename or 'archive'}: {error.strerror}"
+    if isinstance(error, NotMounted):
+        return Paused(NOT_MOUNTED, text)
     if error.errno in _FULL:
         return Paused(DISK_FULL, text)
     return Paused("misconfigured", text) if error.errno in _WRONG else Retry("io_error", text)
