@@ -169,6 +169,7 @@ class Courier:
             busy=frozenset(self._under_way),
             apart=self.policy.apart,
             late_ms=None if horizon_ms is None else now_ms - horizon_ms,
+            longest_ms=self.policy.longest_wait_ms,
         )
         if leased.too_late:
             for _ in range(leased.too_late):

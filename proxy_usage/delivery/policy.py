@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from proxy_usage.outputs.answers import MAX_RETRY_AFTER_MS
 from proxy_usage.outputs.base import Ambiguous, Paused, Refused, Retry, Settled, Shortfall, Verdict
 from proxy_usage.store import Batch, Fate
 
@@ -125,6 +126,11 @@ class Policy:
         window_ms = min(window_ms, self._settings.dedup_window_ms)
         self._settings = replace(self._settings, dedup_window_ms=window_ms)
 
+    @property
+    def longest_wait_ms(self) -> int:
+        """No attempt is followed by a longer wait, whatever an endpoint asks for."""
+        return max(self._settings.max_ms, MAX_RETRY_AFTER_MS)
+
     def wait_ms(self, now_ms: int) -> int:
         """For how long nothing is sent, since the last attempt failed."""
         since_ms, wait_ms = self._waits
@@ -158,7 +164,7 @@ class Policy:
 
     def _doubted(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Mapping[int, Fate]:
         """Marks what was accepted when the endpoint may have forgotten that it had stored it before."""
-        if not batch.resent or now_ms - batch.first_attempt_ms <= self._settings.dedup_window_ms:
+        if not batch.resent or _passed_ms(batch, now_ms) <= self._settings.dedup_window_ms:
             return fates
         return {
             seq: fate._replace(name="delivered_ambiguous") if fate.name == "delivered" else fate
@@ -168,7 +174,7 @@ class Policy:
     def _shortfall(self, batch: Batch, verdict: Shortfall, now_ms: int) -> Step:
         self._recovered()
         unknown = [event for event in batch.events if event.seq not in verdict.fates]
-        remembered = 2 * (now_ms - batch.first_attempt_ms) < self._settings.dedup_window_ms
+        remembered = 2 * _passed_ms(batch, now_ms) < self._settings.dedup_window_ms
         if not remembered:
             lost = Fate("unconfirmed", answer=verdict.answer)
             return Step("unconfirmed", {**verdict.fates, **{event.seq: lost for event in unknown}})
@@ -215,7 +221,7 @@ class Policy:
         if pause:
             self.paused = reason
         ceiling = min(self._settings.max_ms, self._settings.initial_ms << min(self.failures - 1, 20))
-        wait_ms = max(after_ms, self._below(ceiling + 1))
+        wait_ms = max(min(after_ms, self.longest_wait_ms), self._below(ceiling + 1))
         self._waits = (now_ms, wait_ms)
         return Step(reason, wait_ms=wait_ms, answer=answer)
 
@@ -226,3 +232,9 @@ class Policy:
         self._waits = (0, 0)
         self.paused = None
         self.detail = ""
+
+
+def _passed_ms(batch: Batch, now_ms: int) -> int:
+    """Time since a batch was first attempted. Where that lies ahead, the clock was moved back, and it may be
+    long ago: as far as it lies ahead, so that a small correction of the clock raises no doubt."""
+    return abs(now_ms - batch.first_attempt_ms)

@@ -75,6 +75,7 @@ class StreamBacklog:
         busy: frozenset[int],
         apart: frozenset[str],
         late_ms: int | None,
+        longest_ms: int | None,
     ) -> Batch | Idle:
         """As ``store.Queue.lease``. Events that were handed to somebody before are batched apart.
 
@@ -93,7 +94,8 @@ class StreamBacklog:
             attempted = True
             if number in busy:
                 continue
-            if batch.not_before_ms <= now_ms:
+            wait_ms = batch.not_before_ms - now_ms
+            if wait_ms <= 0 or (longest_ms is not None and wait_ms > longest_ms):
                 batch.seqs = [seq for seq in batch.seqs if seq in self._taking.held]
                 late = await self._expire(batch.seqs, late_ms)
                 batch.seqs = [seq for seq in batch.seqs if seq in self._taking.held]

@@ -126,8 +126,8 @@ class Taking:
         self._water = 0  # the same, when this connection was made
 
     def oldest_ms(self) -> int | None:
-        """When the oldest event that is held was published."""
-        return min((held.published_ms for held in self.held.values()), default=None)
+        """When the oldest event that is held was published: by its server's clock, which may be ahead."""
+        return min((min(held.published_ms, held.since_ms) for held in self.held.values()), default=None)
 
     def room_again(self) -> None:
         """Something of ``ready`` was taken away."""
