@@ -6,6 +6,8 @@
 - What ``append`` says is delivered was fsynced before, and so was the directory after each new name.
 - A batch that could not be written whole is cut off again. After a crash the next process cuts off what is
   no line, and finds the lines of the batch that was never settled: resent, they are not written twice.
+- An event that was attempted before the file was last written, and is not found at its end, may be further
+  back, or in a file that was taken away: it is written, and whether it is there twice is in doubt.
 - What is read back after a crash is written again before it is believed: a disk that failed to sync once may
   show from memory what it does not have.
 - Files are never removed. At ``max_bytes`` the output pauses, and events wait in the store.
@@ -22,6 +24,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +37,7 @@ import structlog
 
 from proxy_usage.config.outputs import FileConfig
 from proxy_usage.delivery.disk import Disk, NotMounted
-from proxy_usage.outputs.base import Paused, Retry, Settled, Verdict
+from proxy_usage.outputs.base import Memory, Paused, Retry, Settled, Verdict
 from proxy_usage.store import Fate, Queued
 
 log = structlog.get_logger()
@@ -46,6 +49,7 @@ DISK_FULL, ARCHIVE_FULL, IN_USE = "disk_full", "archive_full", "archive_in_use"
 NOT_MOUNTED = "not_mounted"
 BEGINNING = b'{"specversion":'
 """Of every event. What a file ends in and begins otherwise, but for a lost block of zeros, is not ours."""
+_BEGUN = re.compile(rb'\{"specversion":"[^"]*","id":"([^"\\]+)"')
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _WRONG = frozenset(
     {
@@ -79,6 +83,10 @@ class _Open:
     """When it was last written; 0 where it is empty."""
     known: frozenset[str]
     """Ids of the events that were found at its end when it was opened."""
+    last: str
+    """Id of the last of them, also where its line was cut off; empty where there is none."""
+    found_ms: int
+    """When it had last been written, or was made, when it was opened."""
 
 
 class Archive:
@@ -140,7 +148,11 @@ class Archive:
                 )
             self._write(one, lines)
             one.end, one.written_ms = one.end + len(lines), now_ms
-        return Settled({event.seq: Fate("delivered") for event in events})
+        ids = [event.id for event in events]
+        # Where the file ended in the midst of this batch, what follows there was never written.
+        before = set(ids[: ids.index(one.last)] if one.last in ids else ids)
+        unseen = frozenset(event.seq for event in fresh if event.id in before)
+        return Settled({event.seq: Fate("delivered") for event in events}, Memory(unseen, one.found_ms))
 
     @staticmethod
     def _write(one: _Open, lines: bytes) -> None:
@@ -217,8 +229,9 @@ class Archive:
                 with suppress(OSError):  # a full disk: the lock itself holds all the same
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+                there = self._path.exists()
                 fd = self._create()
-                self._open = self._recover(fd, lock)
+                self._open = self._recover(fd, lock, there)
             except BaseException:  # whatever it is, no lock stays behind
                 os.close(lock)
                 if fd >= 0:
@@ -246,11 +259,14 @@ class Archive:
             raise
         return fd
 
-    def _recover(self, fd: int, lock: int) -> _Open:
-        """Cuts off what is no line, makes what is left durable, and learns the ids at the end."""
+    def _recover(self, fd: int, lock: int, there: bool) -> _Open:
+        """Cuts off what is no line, makes what is left durable, and learns the ids at the end.
+
+        ``there`` False: the file is new, and nobody knows what was in one that may have been taken away.
+        """
         status = os.fstat(fd)
         start, tail = _read_tail(fd, status.st_size)
-        end, ids = self._whole(tail, complete=start == 0)
+        end, found = self._whole(tail, complete=start == 0)
         if end < len(tail):
             rest = tail[end : end + len(BEGINNING)]
             if (start > 0 and end == 0) or not (BEGINNING.startswith(rest) or rest[0] == 0):
@@ -262,37 +278,41 @@ class Archive:
         if end:
             os.pwrite(fd, tail[:end], start)
         os.fsync(fd)
+        with suppress(OSError):  # another's file: then it looks as if it had been written just now
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         if start == 0:  # it may have been finished just before the crash
             for path in self.finished()[-1:]:
-                ids |= self._ids_of(path)
-        size = start + end
-        written_ms = status.st_mtime_ns // 1_000_000 if size else 0
-        return _Open(fd, lock, size, written_ms, frozenset(ids))
+                found = self._ids_of(path) + found
+        last = "".join(found[-1:]) if there else ""
+        if cut := _BEGUN.match(tail, end):
+            last = cut[1].decode(errors="replace")
+        found_ms, size = status.st_mtime_ns // 1_000_000, start + end
+        return _Open(fd, lock, size, found_ms if size else 0, frozenset(found), last, found_ms)
 
-    def _ids_of(self, path: Path) -> set[str]:
+    def _ids_of(self, path: Path) -> list[str]:
         """Ids at the end of a finished file, which was durable when it was finished; none if it is gone."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return set()
+            return []
         try:
             start, tail = _read_tail(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)
         return self._whole(tail, complete=start == 0)[1]
 
-    def _whole(self, tail: bytes, *, complete: bool) -> tuple[int, set[str]]:
-        """Where the last line ends that is an event, and the ids of all lines that are.
+    def _whole(self, tail: bytes, *, complete: bool) -> tuple[int, list[str]]:
+        """Where the last line ends that is an event, and the ids of all lines that are, in their order.
 
         Args:
             complete: it is the whole file; otherwise its first line may be the end of one.
         """
-        end, at, ids = 0, 0, set()
+        end, at, ids = 0, 0, []
         if not complete:
             at = tail.find(b"\n") + 1
         while (newline := tail.find(b"\n", at)) >= 0:
             with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                ids.add(self._decoder.decode(tail[at:newline]).id)
+                ids.append(self._decoder.decode(tail[at:newline]).id)
                 end = newline + 1
             at = newline + 1
         return end, ids

@@ -2,7 +2,7 @@
 
 verdict      events        what happens
 Settled      any           each to its fate; `delivered_ambiguous` where an earlier attempt is so old that
-                           the endpoint may have forgotten it
+                           the endpoint may have forgotten it, or an archive cannot find it any more
 Shortfall    one           within half the duplicate window: dead letter `not_accepted`; later: unconfirmed
              several       within: asked about one by one, their tenants batched apart; later: unconfirmed
 Refused      several       split in half
@@ -20,11 +20,11 @@ request at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy_usage.outputs.answers import MAX_RETRY_AFTER_MS
-from proxy_usage.outputs.base import Ambiguous, Paused, Refused, Retry, Settled, Shortfall, Verdict
+from proxy_usage.outputs.base import Ambiguous, Memory, Paused, Refused, Retry, Settled, Shortfall, Verdict
 from proxy_usage.store import Batch, Fate
 
 MAX_APART = 1_000
@@ -106,8 +106,8 @@ class Policy:
     def decide(self, batch: Batch, verdict: Verdict, now_ms: int) -> Step:
         """The next step for a batch, given what its answer says."""
         match verdict:
-            case Settled(fates):
-                return self._settled(batch, fates, now_ms)
+            case Settled():
+                return self._settled(batch, verdict, now_ms)
             case Shortfall():
                 return self._shortfall(batch, verdict, now_ms)
             case Refused():
@@ -143,7 +143,8 @@ class Policy:
         if mark is not None:
             self._refused_at.update((part, mark) for part in parts)
 
-    def _settled(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Step:
+    def _settled(self, batch: Batch, verdict: Settled, now_ms: int) -> Step:
+        fates = verdict.fates
         delivered = sum(fate.name == "delivered" for fate in fates.values())
         self._recovered()
         self.accepted += delivered
@@ -152,8 +153,8 @@ class Policy:
             self._grow()
             if not batch.confirm:
                 self.apart -= {event.tenant for event in batch.events}
-            return Step("delivered", self._doubted(batch, fates, now_ms))
-        return Step("partial", self._doubted(batch, fates, now_ms))
+            return Step("delivered", self._doubted(batch, fates, now_ms, verdict.memory))
+        return Step("partial", self._doubted(batch, fates, now_ms, verdict.memory))
 
     def _grow(self) -> None:
         """Dares larger batches again after many that were taken: the limit may have been a mistake."""
@@ -162,12 +163,22 @@ class Policy:
             self._taken = 0
             self.max_bytes = min(self._most_bytes, 2 * self.max_bytes)
 
-    def _doubted(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Mapping[int, Fate]:
+    def _doubted(
+        self, batch: Batch, fates: Mapping[int, Fate], now_ms: int, memory: Memory | None = None
+    ) -> Mapping[int, Fate]:
         """Marks what was accepted when the endpoint may have forgotten that it had stored it before."""
-        if not batch.resent or _passed_ms(batch, now_ms) <= self._settings.dedup_window_ms:
+        if memory is not None:
+            sure = memory.last_ms <= batch.first_attempt_ms <= now_ms
+            doubtful: Collection[int] = memory.unseen
+        else:
+            sure = _passed_ms(batch, now_ms) <= self._settings.dedup_window_ms
+            doubtful = fates.keys()
+        if sure or not batch.resent:
             return fates
         return {
-            seq: fate._replace(name="delivered_ambiguous") if fate.name == "delivered" else fate
+            seq: fate._replace(name="delivered_ambiguous")
+            if fate.name == "delivered" and seq in doubtful
+            else fate
             for seq, fate in fates.items()
         }
 
