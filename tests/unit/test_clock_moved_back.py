@@ -77,10 +77,11 @@ def test_a_longer_retry_is_believed_as_well() -> None:
 
 
 async def test_a_courier_sends_what_was_postponed_for_a_day(tmp_path: Path) -> None:
+    archive = FileConfig(path=tmp_path / "usage.ndjson")
+    archive.path.touch()  # it is older than the attempt: there is no doubt what was written
     with Store(tmp_path, outputs=[OutputSlot(0, "archive")]) as store:
         store.add("a", now_ms=clock_ms())
         store.queue.postpone(store.batch(clock_ms()).id, clock_ms() + DAY_MS, "503")
-    archive = FileConfig(path=tmp_path / "usage.ndjson")
     async with running(tmp_path, [OutputConfig(name="archive", format="file", file=archive)]) as one:
         await one.until("archive", delivered=1)
 
