@@ -23,6 +23,7 @@ import msgspec
 
 from proxy_usage import errors
 from proxy_usage.errors import ConfigError, ListenError, ProxyUsageError, UsageError
+from proxy_usage.places import Place, place
 
 MAX_REQUEST = 1 << 20
 """Bytes of a request, its newline included."""
@@ -94,6 +95,7 @@ class ControlServer:
         self._path = path
         self._handlers = dict(handlers)
         self._server: asyncio.Server | None = None
+        self._place: Place | None = None  # of the socket's file
         self._talks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -105,10 +107,23 @@ class ControlServer:
         """
         listener = _bind(self._path)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST)
+            server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST)
         except BaseException:  # cancelled, too: no socket stays behind
             listener.close()
             raise
+        self._server, self._place = server, place(self._path)
+
+    async def renew(self) -> None:
+        """Listens at the path again, if it leads to another file by now, or to none: after its disk was
+        mounted anew.
+
+        Raises: as ``start``; then it goes on listening where it did.
+        """
+        former = self._server
+        if former is None or place(self._path) == self._place:
+            return
+        await self.start()
+        former.close()
 
     async def close(self) -> None:
         """Stops listening, ends what is under way and removes the socket."""
@@ -116,7 +131,9 @@ class ControlServer:
             return
         self._server.close()
         self._server = None
-        self._path.unlink(missing_ok=True)
+        if place(self._path) == self._place:
+            with contextlib.suppress(OSError):  # its disk may have failed
+                self._path.unlink()
         talks = list(self._talks)
         for talk in talks:
             talk.cancel()

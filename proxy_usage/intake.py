@@ -21,6 +21,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -100,6 +101,8 @@ class Intake:
         self._slots = {source: number for number, (source, _) in enumerate(known)}
         self._counts = [rows for _, rows in known]
         self._logs = Counter(source.node for source in self._slots)
+        self.behind = False
+        """Whether the file may know less than was read: it could not be written, nor was it renewed since."""
 
     def _open(self) -> BinaryIO:
         path = self.path
@@ -125,7 +128,9 @@ class Intake:
         """
         self._file, former = self._open(), self._file
         self._fd = self._file.fileno()
-        former.close()
+        with suppress(OSError):  # of a file system that failed
+            former.close()
+        self.behind = False
         for source, slot in self._slots.items():
             self._write(slot, source)
 
@@ -154,15 +159,14 @@ class Intake:
     def _write(self, slot: int, source: Source | None = None) -> None:
         """Writes a count, and what it counts where that is given.
 
-        A disk that fails is the store's to notice and to tell; the counts are absolute, so that the next
-        one that can be written makes up for those that could not.
+        A disk that fails is the store's to notice and to tell. When it works again, ``renew`` writes all.
         """
         count = _COUNT.pack(self._counts[slot])
         content = count if source is None else count + _name(source)
-        try:  # noqa: SIM105 (once a message: suppress would cost as much as the write)
+        try:
             os.pwrite(self._fd, content, len(MAGIC) + slot * SLOT)
         except OSError:
-            pass
+            self.behind = True
 
     def counts(self) -> dict[Source, int]:
         """Rows read over the life of the store: what a checkpoint saves."""
@@ -190,7 +194,8 @@ class Intake:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _place(self, key: Source) -> Source:
         """What is counted for a source, within the bounds."""

@@ -6,6 +6,7 @@ exit code: 0 ok, 1 failure, 2 usage, 78 configuration.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -33,6 +34,9 @@ from proxy_usage.cli.usage import usage
 from proxy_usage.cli.validate import validate
 from proxy_usage.cli.version import version
 from proxy_usage.errors import ProxyUsageError
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What writing to standard output fails with, where it is a file."""
 
 app = typer.Typer(
     name="proxy-usage",
@@ -79,11 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _called(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader went away (`| head`). What is still buffered must not fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away (`| head`)
+        _drop_output()
+        return 1
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise
+        _drop_output()
+        print(f"error: cannot write the answer: {error.strerror}", file=sys.stderr)
         return 1
     return code
+
+
+def _drop_output() -> None:
+    """What is still buffered must not fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _called(arguments: Sequence[str] | None) -> int:

@@ -93,7 +93,8 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}", hint="name a file of recorded messages"
+            f"{path} cannot be read: {error.strerror}",
+            hint="name a file of recorded messages, or an event's id, 26 characters",
         ) from None
 
 

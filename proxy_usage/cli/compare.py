@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config, window_start
+from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, reading_config, window_start
 from proxy_usage.cli.show import Cell, emit, moment, plain, table
 from proxy_usage.errors import UsageError
 
@@ -44,14 +44,15 @@ def compare(
 ) -> None:
     """Set another system's usage beside the ledger, per tenant and meter.
 
-    Differences are ours less theirs; known ones are named. Times are RFC 3339 and begin windows. Exit code 0
-    if all is equal, 1 if not. Without --output the ledger is that of the output that was added first.
+    Differences are ours less theirs; known ones are named. Times are dates or RFC 3339 in UTC, and begin
+    windows. Exit code 0 if all is equal, 1 if not. Without --output the ledger is that of the output that was
+    added first.
     """
     from proxy_usage.cli.stores import Readers, opened
     from proxy_usage.comparison import Theirs, combined
     from proxy_usage.comparison import compare as compared
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     from_ms, to_ms = window_start("--from", from_, loaded), window_start("--to", to, loaded)
     if to_ms <= from_ms:
         raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")

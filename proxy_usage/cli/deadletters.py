@@ -18,6 +18,7 @@ from proxy_usage.cli.options import (
     LimitOption,
     OutputOption,
     load_config,
+    reading_config,
 )
 from proxy_usage.cli.queue import show_event
 from proxy_usage.cli.repair import repaired, when
@@ -25,10 +26,9 @@ from proxy_usage.cli.show import Cell, emit, moment, plain, table
 from proxy_usage.errors import ProxyUsageError, UsageError
 
 if TYPE_CHECKING:
+    from proxy_usage.cli.stores import Readers
     from proxy_usage.store.reader import Reader
     from proxy_usage.store.views import DeadLetter
-
-NONE_MEANT = "no dead letter was meant"
 
 deadletters = typer.Typer(
     help="Events that an output refused alone, and putting them back.", no_args_is_help=True
@@ -52,8 +52,9 @@ def ls(
     """List dead letters with the reason and the endpoint's answer."""
     from proxy_usage.cli.stores import opened
 
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         letters = stores.listed(lambda reader: reader.dead_letters(output, reason, limit), limit)
+        nothing = _nothing(stores, output, reason, "there are no dead letters")
     if as_json:
         emit({"deadletters": [plain(one) | stores.mark(worker) for worker, one in letters]})
         return
@@ -72,7 +73,7 @@ def ls(
         }
         for worker, one in letters
     ]
-    table(rows, empty="there are no dead letters")
+    table(rows, empty=nothing)
 
 
 @deadletters.command("show")
@@ -127,18 +128,25 @@ def replay(
             ids=wanted,
             knows=_knows,
         )
+
+    def none_meant() -> str:
+        from proxy_usage.cli.stores import opened
+
+        with opened(loaded) as stores:
+            return _nothing(stores, output, reason, "no dead letter was meant")
+
     counts = done.counts
     if as_json:
         emit({name: count for name, count in counts.items() if name != "minted"} | {"service": done.service})
         return
     if redate:
         count = counts.get("redated", 0)
-        print(f"{count} new events take the place of dead letters; {when(done)}" if count else NONE_MEANT)
+        print(f"{count} new events take the place of dead letters; {when(done)}" if count else none_meant())
         if counts.get("doubtful"):
             print(f"{counts['doubtful']} may have been stored and stay: --accept-duplicates takes them, too")
         return
     count = counts.get("replayed", 0)
-    print(f"{count} dead letters are back in the queue; {when(done)}" if count else NONE_MEANT)
+    print(f"{count} dead letters are back in the queue; {when(done)}" if count else none_meant())
     if counts.get("too_late"):
         print(f"{counts['too_late']} are too old to be sent as they are and stay: --redate makes them anew")
 
@@ -149,14 +157,21 @@ def export(
     config: ConfigOption = None,
     output: OutputOption = None,
     reason: ReasonOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is there, once the new one is complete.")
+    ] = False,
 ) -> None:
     """Write dead letters to a file: a JSON object a line, with the event as it would be sent.
 
-    They stay in the store. A file that is there is replaced once the new one is complete.
+    They stay in the store. FILE must not exist yet, unless --force.
     """
     from proxy_usage.cli.stores import opened
 
-    with opened(load_config(config)) as stores:
+    if file != "-" and not force and os.path.lexists(file):
+        raise UsageError(
+            f"cannot write {file}: it exists", hint="name a file that does not exist yet, or add --force"
+        )
+    with opened(reading_config(config)) as stores:
         having = stores.each(lambda reader: reader.dead_letters(output, reason, 1))
         lines = (
             _line(letter, body, stores.mark(worker))
@@ -168,7 +183,14 @@ def export(
                 print(line)
             return
         count = _write(Path(file), lines)
-    print(f"{count} dead letters are in {file}")
+        nothing = _nothing(stores, output, reason, f"0 dead letters are in {file}")
+    print(f"{count} dead letters are in {file}" if count else nothing)
+
+
+def _nothing(stores: Readers, output: str | None, reason: str | None, otherwise: str) -> str:
+    """What is said where no letter is meant: the reasons that there are, if the one named is none of them."""
+    others = stores.other_reasons(lambda reader: reader.dead_reasons(output), reason)
+    return f"no dead letters with this reason; there are: {others}" if others else otherwise
 
 
 def _knows(reader: Reader, event_id: str) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxy_usage.cli.options import load_config
+from proxy_usage.cli.options import reading_config
 from proxy_usage.cli.queue import place_row
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, table
 from proxy_usage.errors import UsageError
 
 if TYPE_CHECKING:
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import Readers
     from proxy_usage.store.usage import EventTrace
 
 EVENT_ID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
@@ -25,21 +26,23 @@ def explain_event(event_id: str, config: Path | None, as_json: bool) -> None:
     """Shows an event's way, from the rows to the answers.
 
     Raises:
-        UsageError: the store does not know it. DecodeError: what it stored is not a CloudEvent.
+        UsageError: no store knows it. DecodeError: what it stored is not a CloudEvent.
     """
+    from proxy_usage.cli.stores import opened
     from proxy_usage.samples import read_event
-    from proxy_usage.store.reader import Reader
 
-    with Reader(load_config(config).store.path) as reader:
-        trace = reader.explain(event_id)
+    with opened(reading_config(config)) as stores:
+        traces = ((worker, reader.explain(event_id)) for worker, reader in stores.readers.items())
+        worker, trace = next((found for found in traces if found[1] is not None), (0, None))
         if trace is None:
-            raise _unknown(event_id, reader)
+            raise _unknown(event_id, stores)
+        mark = stores.mark(worker)
     event = None if trace.event.body is None else read_event(trace.event.body)
     more = _more(trace)
     if as_json:
-        emit({**plain(trace), "event": {**plain(trace.event), "cloudevent": event}, "more": more})
+        emit({**plain(trace), "event": {**plain(trace.event), "cloudevent": event}, "more": more, **mark})
         return
-    _show(trace)
+    _show(trace, mark)
     print()
     print(_GONE if event is None else json.dumps(event, indent=2))
     print("\nmore:")
@@ -50,20 +53,22 @@ def explain_event(event_id: str, config: Path | None, as_json: bool) -> None:
 _GONE = "Every output has settled it; its bytes are gone."
 
 
-def _unknown(event_id: str, reader: Reader) -> UsageError:
+def _unknown(event_id: str, stores: Readers) -> UsageError:
     from proxy_usage.store.usage import minted
 
-    kept = reader.kept()
-    since = "nothing yet" if kept.singles_ms is None else f"what was settled since {moment(kept.singles_ms)}"
-    merged = " or it was merged into another before it was sent," if kept.merged else ""
+    kept = stores.each(lambda reader: reader.kept()).values()
+    singles_ms = max((one.singles_ms for one in kept if one.singles_ms is not None), default=None)
+    since = "nothing yet" if singles_ms is None else f"what was settled since {moment(singles_ms)}"
+    merged = " or it was merged into another before it was sent," if any(one.merged for one in kept) else ""
+    where = f"the stores of {len(kept)} workers" if stores.several else str(stores.readers[0].path)
     return UsageError(
-        f"{reader.path} knows no event {event_id}, which was made at {moment(minted(event_id))}: it is not in"
+        f"event {event_id}, which was made at {moment(minted(event_id))}, is unknown to {where}: it is not in"
         f" the queue, not among the dead letters, and not in the ledger, which has {since}",
         hint=f"it is of another sink,{merged} or older: proxy-usage usage has the sum of its hour",
     )
 
 
-def _show(trace: EventTrace) -> None:
+def _show(trace: EventTrace, mark: Mapping[str, int]) -> None:
     event = trace.event
     stands = None
     if trace.merged:
@@ -71,6 +76,7 @@ def _show(trace: EventTrace) -> None:
     facts(
         [
             ("id", event.id),
+            *mark.items(),
             ("tenant", event.tenant),
             *event.dimensions.items(),
             (event.meter, event.value),

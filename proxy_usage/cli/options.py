@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxy_usage.errors import UsageError
+from proxy_usage.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from proxy_usage.config import Config
@@ -53,21 +53,49 @@ def load_config(path: Path | None) -> Config:
     return load(config_file(path), os.environ)
 
 
+def reading_config(path: Path | None) -> Config:
+    """The configuration that was named, for a verb that reads stores and asks services, and no more: the
+    files that it names may be missing, and others' to read.
+
+    Raises:
+        UsageError: none was. ConfigError: it has mistakes.
+    """
+    from proxy_usage.config import load
+
+    try:
+        return load(config_file(path), os.environ, files=False)
+    except ConfigError as error:
+        if error.mistakes:
+            error.hint += "; a service that runs goes on with the configuration it has"
+        raise
+
+
+def instant(option: str, text: str) -> int:
+    """The moment that an option names, as a date (its midnight) or a time, in UTC milliseconds.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from proxy_usage.config.units import parse_instant
+
+    try:
+        return parse_instant(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: {error}",
+            hint="write a date, e.g. 2026-09-01, or an RFC 3339 time with a zone, e.g. 2026-09-01T12:00:00Z",
+        ) from None
+
+
 def window_start(option: str, text: str, config: Config) -> int:
     """The moment that an option names, as a date (its midnight) or a time, in UTC milliseconds.
 
     Raises:
         UsageError: it is none, or no window begins then.
     """
-    from proxy_usage.config.units import parse_instant
     from proxy_usage.events import rfc3339
 
-    try:
-        at_ms = parse_instant(f"{text}T00:00:00Z" if _DATE.fullmatch(text) else text)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{option}: {error}", hint="write an RFC 3339 time with a zone, e.g. 2026-09-01T00:00:00Z"
-        ) from None
+    at_ms = instant(option, text)
     length_ms = config.windows.length
     if at_ms % length_ms:
         before_ms = at_ms - at_ms % length_ms

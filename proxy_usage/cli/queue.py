@@ -13,7 +13,7 @@ from proxy_usage.cli.options import (
     JsonOption,
     LimitOption,
     OutputOption,
-    load_config,
+    reading_config,
 )
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, table
 from proxy_usage.errors import UsageError
@@ -43,7 +43,7 @@ def ls(
     if ambiguous:
         _ambiguous(config, output, limit, as_json)
         return
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         events = stores.listed(lambda reader: reader.queue(output, limit), limit)
         batches = stores.listed(lambda reader: reader.batches(output, limit), limit)
     if as_json:
@@ -90,7 +90,7 @@ def ls(
 def _ambiguous(config: ConfigOption, output: str | None, limit: int, as_json: bool) -> None:
     from proxy_usage.cli.stores import opened
 
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         found = stores.listed(lambda reader: reader.ambiguous(output, limit), limit)
     if as_json:
         emit({"ambiguous": [plain(one) | stores.mark(worker) for worker, one in found]})
@@ -126,7 +126,7 @@ def show_event(event_id: str, config: ConfigOption, as_json: bool) -> None:
     from proxy_usage.cli.stores import opened
     from proxy_usage.samples import read_event
 
-    with opened(load_config(config)) as stores:
+    with opened(reading_config(config)) as stores:
         views = stores.each(lambda reader: reader.event(event_id))
     view = next((one for one in views.values() if one is not None), None)
     if view is None:
@@ -162,7 +162,7 @@ def place_row(place: Place) -> dict[str, Cell]:
         "state": place.state,
         "since": moment(place.at_ms),
         "first sent": moment(place.first_attempt_ms),
-        "attempts": place.attempts,
+        "attempts": place.attempts if place.at_ms is None else None,  # nobody knows once it is settled
         "not before": moment(place.not_before_ms),
         "status": place.status,
         "reason": place.reason,

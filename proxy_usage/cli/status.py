@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, reading_config
 from proxy_usage.cli.show import Cell, emit, facts, moment, plain, size, table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def status(
     from proxy_usage.cli.stores import opened
     from proxy_usage.store.total import total_conservation, total_status
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     if watch:
         from proxy_usage.cli.watch import watch as keep_watching
         from proxy_usage.control import socket_path, supervisor_socket
@@ -202,9 +202,11 @@ def _balance(sums: Conservation) -> str:
 
 
 def _output(one: OutputStatus) -> dict[str, Cell]:
-    paused = (
-        None if one.paused is None else f"paused since {moment(one.paused_ms)}: {one.paused} {one.detail}"
-    )
+    state = "ok"
+    if one.paused is not None:
+        state = f"paused since {moment(one.paused_ms)}: {one.paused} {one.detail}"
+    elif one.retrying_ms is not None:
+        state = f"retrying since {moment(one.retrying_ms)}: {one.answer[:80]}"
     return {
         "output": one.name,
         "pending": one.pending,
@@ -219,7 +221,7 @@ def _output(one: OutputStatus) -> dict[str, Cell]:
         "given up": one.given_up,
         "merged": one.merged,
         "oldest": moment(one.oldest_ms),
-        "state": paused or "ok",
+        "state": state,
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, reading_config
 from proxy_usage.cli.show import Cell, emit, facts, plain, size, table
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check(
     from proxy_usage.cli.stores import store_paths
     from proxy_usage.store.check import check_file
 
-    paths = [file] if file is not None else list(store_paths(load_config(config)).values())
+    paths = [file] if file is not None else list(store_paths(reading_config(config)).values())
     found = [check_file(path) for path in paths]
     if as_json:
         emit(_as_data(found[0]) if len(found) == 1 else {"stores": [_as_data(one) for one in found]})

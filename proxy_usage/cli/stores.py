@@ -6,6 +6,7 @@ there are several, what is listed says of which worker it is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -53,6 +54,13 @@ class Readers:
         """Up to so many of all that the stores list, worker by worker."""
         every = ((worker, one) for worker, some in self.each(read).items() for one in some)
         return list(islice(every, limit))
+
+    def other_reasons(self, count: Callable[[Reader], Mapping[str, int]], reason: str | None) -> str:
+        """Which reasons there are, and how often, where the named one is none of them; else nothing."""
+        found: Counter[str] = Counter()
+        for one in self.each(count).values() if reason is not None else ():
+            found.update(one)
+        return "" if reason in found else ", ".join(f"{name} {found[name]}" for name in sorted(found))
 
     def mark(self, worker: int) -> dict[str, int]:
         """What is added to something listed: its worker, where there are several."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, LimitOption, load_config
+from proxy_usage.cli.options import ConfigOption, JsonOption, LimitOption, load_config, reading_config
 from proxy_usage.cli.repair import repaired, when
 from proxy_usage.cli.show import Cell, emit, lossy, moment, table
 
@@ -22,7 +22,7 @@ def ls(config: ConfigOption = None, limit: LimitOption = 100, as_json: JsonOptio
     """List what is held: per UTC hour, reason and raw identity."""
     from proxy_usage.cli.stores import opened
 
-    loaded = load_config(config)
+    loaded = reading_config(config)
     with opened(loaded) as stores:
         held = stores.listed(lambda reader: reader.unattributed(limit), limit)
     plan = loaded.fold_plan()
@@ -57,9 +57,12 @@ def replay(
     What has a tenant now becomes events of its own hour; the rest stays held. A running service applies the
     rules it runs with (SIGHUP takes over new ones).
     """
+    from proxy_usage.cli.stores import opened
+
+    loaded = load_config(config)
     wanted = list(dict.fromkeys(ids or []))
     done = repaired(
-        load_config(config),
+        loaded,
         "unattributed.replay",
         {"ids": wanted, "reason": reason, "redate": redate},
         lambda repairs, some: repairs.release(some, reason, redate=redate),
@@ -71,6 +74,12 @@ def replay(
     if as_json:
         emit(counts | {"service": done.service})
         return
+    if not any(counts.values()):
+        with opened(loaded) as stores:
+            others = stores.other_reasons(lambda reader: reader.held_reasons(), reason)
+        if others:
+            print(f"nothing is held for this reason; there are: {others}")
+            return
     released = counts.get("released", 0)
     print(
         f"{released} of what was held have a tenant now: {counts.get('minted', 0)} events; {when(done)}"

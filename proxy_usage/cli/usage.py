@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import itertools
 import json
 import sys
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, load_config, window_start
+from proxy_usage.cli.options import ConfigOption, JsonOption, OutputOption, reading_config, window_start
 from proxy_usage.cli.show import Cell, moment, plain, table
 from proxy_usage.errors import UsageError
 
 if TYPE_CHECKING:
+    from proxy_usage.cli.stores import Readers
     from proxy_usage.config import Config
-    from proxy_usage.store.reader import Reader
     from proxy_usage.store.usage import RowSource, UsageHour, UsageLine, UsageNotes
     from proxy_usage.store.usage_sums import UsageSum
 
@@ -55,20 +56,22 @@ def usage(
     Times are dates or RFC 3339 in UTC, and begin windows. An event has a line per output. What is older than
     store.keep_delivered is known by the hour. Sums are of all lines.
     """
-    from proxy_usage.store.reader import Reader
+    from proxy_usage.cli.stores import opened
+    from proxy_usage.store.total import total_notes
     from proxy_usage.store.usage_sums import UsageSums
 
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other", hint="leave one out")
-    loaded = load_config(config)
+    loaded = reading_config(config)
     from_ms, to_ms = window_start("--from", from_, loaded), window_start("--to", to, loaded)
     if to_ms <= from_ms:
         raise UsageError("--to is not after --from", hint="the time is from --from up to, and without, --to")
     route = _route(loaded) if by is By.ROUTE else ()
     totals, groups = UsageSums(), UsageSums(by, route)
-    with Reader(loaded.store.path) as reader:
-        answer = _Answer(tenant, from_ms, to_ms, reader.usage_notes(tenant, from_ms, to_ms))
-        chosen = _chosen(reader, tenant, from_ms, to_ms, output)
+    with opened(loaded) as stores:
+        notes = stores.each(lambda reader: reader.usage_notes(tenant, from_ms, to_ms))
+        answer = _Answer(tenant, from_ms, to_ms, total_notes(list(notes.values())))
+        chosen = _chosen(stores, tenant, from_ms, to_ms, output)
         first = tuple(itertools.islice(chosen, 1))  # whatever is wrong is wrong before anything is written
         hours = _counted(itertools.chain(first, chosen), (totals.add, groups.add))
         lines = (line for hour in hours for line in hour.lines)
@@ -90,11 +93,17 @@ def _route(config: Config) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _chosen(reader: Reader, tenant: str, from_ms: int, to_ms: int, output: str | None) -> Iterator[UsageHour]:
-    known = [one.name for one in reader.status().outputs]
+def _chosen(
+    stores: Readers, tenant: str, from_ms: int, to_ms: int, output: str | None
+) -> Iterator[UsageHour]:
+    """The hours of all stores, the earliest first."""
+    outputs = stores.each(lambda reader: [one.name for one in reader.status().outputs])
+    known = list(dict.fromkeys(itertools.chain.from_iterable(outputs.values())))
     if output is not None and output not in known:
         raise UsageError(f"there is no output {output!r}", hint=f"outputs are {', '.join(known) or 'none'}")
-    for hour in reader.usage(tenant, from_ms, to_ms):
+    # Merging begins with the first hour of each store: where one cannot answer, nothing is written.
+    each = [reader.usage(tenant, from_ms, to_ms) for reader in stores.readers.values()]
+    for hour in heapq.merge(*each, key=lambda hour: hour.hour_ms):
         wanted = tuple(line for line in hour.lines if output in (None, line.output))
         yield replace(hour, lines=wanted)
 

@@ -73,7 +73,7 @@ def _ask(sockets: Sequence[Path]) -> tuple[Document | None, str]:
         try:
             answer = call(socket, "page")
         except NotRunning as error:
-            trouble = error.message
+            trouble = f"{error.message}; {error.hint}"
             continue
         except ProxyUsageError as error:
             return None, error.message

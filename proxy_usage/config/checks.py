@@ -13,7 +13,7 @@ from pathlib import Path
 from proxy_usage.config.fields import is_loopback, split_address
 from proxy_usage.config.mistakes import Finding, Loc
 from proxy_usage.config.models import METER_TYPES, Config
-from proxy_usage.config.output_checks import file_finding, output_findings
+from proxy_usage.config.output_checks import archive_places, file_finding, output_findings
 from proxy_usage.config.sources import RuleConfig
 from proxy_usage.config.units import format_duration, format_size
 from proxy_usage.model import FieldKind
@@ -28,8 +28,12 @@ MAX_DIMENSIONS = 32
 _DIMENSION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}", re.ASCII)
 
 
-def check(config: Config) -> Iterator[Finding]:
-    """Every mistake there is between the keys of ``config``, whose single values are right."""
+def check(config: Config, *, files: bool = True) -> Iterator[Finding]:
+    """Every mistake there is between the keys of ``config``, whose single values are right.
+
+    Args:
+        files: whether to look also at the directories that are written to.
+    """
     for one in (
         _addresses,
         _plaintext,
@@ -46,6 +50,7 @@ def check(config: Config) -> Iterator[Finding]:
         output_findings,
         _forward,
         _workers,
+        *((_store_place, archive_places) if files else ()),
     ):
         yield from one(config)
 
@@ -313,7 +318,6 @@ def _streams(config: Config) -> Iterator[Finding]:
 
 
 def _store(config: Config) -> Iterator[Finding]:
-    yield from store_findings(config.store.path)
     if config.store.ledger_max_bytes > config.store.max_bytes:
         yield Finding(
             ("store", "ledger_max_bytes"),
@@ -321,6 +325,10 @@ def _store(config: Config) -> Iterator[Finding]:
             "use less than store.max_bytes",
             concerns=(("store", "max_bytes"),),
         )
+
+
+def _store_place(config: Config) -> Iterator[Finding]:
+    yield from store_findings(config.store.path)
 
 
 def store_findings(path: Path, *, access: Callable[[Path, int], bool] = os.access) -> Iterator[Finding]:

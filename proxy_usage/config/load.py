@@ -17,8 +17,11 @@ from proxy_usage.config.tree import Node, parse
 from proxy_usage.errors import ConfigError
 
 
-def load(path: Path, env: Mapping[str, str]) -> Config:
+def load(path: Path, env: Mapping[str, str], *, files: bool = True) -> Config:
     """Reads the configuration at ``path``; relative file names in it start at its directory.
+
+    Args:
+        files: whether the files that it names must be there, and the directories that are written to.
 
     Raises ConfigError, which holds every mistake found.
     """
@@ -35,10 +38,10 @@ def load(path: Path, env: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"configuration {path} cannot be read: {error.strerror}", hint="name a file this user can read"
         ) from None
-    return load_text(text, origin=str(path), base=path.absolute().parent, env=env)
+    return load_text(text, origin=str(path), base=path.absolute().parent, env=env, files=files)
 
 
-def load_text(text: str, *, origin: str, base: Path, env: Mapping[str, str]) -> Config:
+def load_text(text: str, *, origin: str, base: Path, env: Mapping[str, str], files: bool = True) -> Config:
     """As ``load`` for text that is already read; ``origin`` is what mistakes call it.
 
     Raises ConfigError, which holds every mistake found.
@@ -52,24 +55,24 @@ def load_text(text: str, *, origin: str, base: Path, env: Mapping[str, str]) -> 
             Finding((), "is not a mapping", "write sections such as `listen:` and `outputs:`"), tree.line
         )
         tree = Node(1, (), {})
-    config = _validate(tree, base, mistakes)
+    config = _validate(tree, {"base": base, "files": files}, mistakes)
     if config is not None:
-        mistakes.add_located(check(config), tree)
+        mistakes.add_located(check(config, files=files), tree)
     if mistakes:
         raise mistakes.error()
     assert config is not None
     return config
 
 
-def _validate(tree: Node, base: Path, mistakes: _Mistakes) -> Config | None:
+def _validate(tree: Node, context: Mapping[str, object], mistakes: _Mistakes) -> Config | None:
     """Validates, leaving out what is wrong until the rest is right, so that the checks can still be made."""
     while True:
         data = tree.plain()
         assert isinstance(data, dict)
         if data.get("store") is None:
-            data["store"] = {}  # validated, its default path is taken from ``base`` too
+            data["store"] = {}  # validated, its default path is taken from the base too
         try:
-            return Config.model_validate(data, context={"base": base})
+            return Config.model_validate(data, context=dict(context))
         except ValidationError as error:
             findings = list(explain.findings(error))
         mistakes.add_located(findings, tree)

@@ -88,16 +88,13 @@ def _sample_findings(config: Config, index: int) -> Iterator[Finding]:
 
 
 def _archive_findings(config: Config) -> Iterator[Finding]:
-    """Archives that are no files, or somebody else's."""
+    """Archives that are somebody else's files."""
     seen: dict[Path, int] = {}
     for index, output in enumerate(config.outputs):
         if output.format != "file" or output.file is None:
             continue
         place: Loc = ("outputs", index, "file", "path")
         path = output.file.path
-        found = file_finding(path, "usage.ndjson")
-        if found is not None:
-            yield Finding(place, *found)
         first = seen.setdefault(path, index)
         if first != index:
             yield Finding(
@@ -113,6 +110,15 @@ def _archive_findings(config: Config) -> Iterator[Finding]:
                 "name a file of its own, best on another disk",
                 concerns=(("store", "path"),),
             )
+
+
+def archive_places(config: Config) -> Iterator[Finding]:
+    """Archives that cannot be written where they are."""
+    for index, output in enumerate(config.outputs):
+        if output.format == "file" and output.file is not None:
+            found = file_finding(output.file.path, "usage.ndjson")
+            if found is not None:
+                yield Finding(("outputs", index, "file", "path"), *found)
 
 
 def file_finding(

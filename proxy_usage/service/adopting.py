@@ -58,19 +58,20 @@ def adopt_all(
     layout: Layout,
     now_ms: int,
     open_storage: OpenStorage,
-    passed: Callable[[str], None] = log.debug,
+    passed: Callable[[str], None] | None = None,
 ) -> tuple[Loss, ...]:
     """Takes over the stores of workers that are not configured. Returns what crashes had lost of each.
 
     Args:
         config: of worker 0.
-        passed: called after each step, by its name in ``store.adopt``.
+        passed: called after each step, by its name in ``store.adopt``; by default it is logged.
 
     Raises:
         ConfigError: an output that is not configured any more has events in one of them.
         StoreError: one cannot be used, or there is no room for it here. What was not taken over stays.
     """
     adopted = []
+    passed = passed or log.debug  # bound here: an import comes before the log is configured
     for path in _left_behind(config):
         with _named(path):
             adopted.append(_adopt(config, path, database, intake, layout, now_ms, open_storage, passed))

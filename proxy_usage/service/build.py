@@ -110,7 +110,9 @@ def build_attributor(config: Config) -> Attributor:
     return Attributor(config.tenant, config.dimensions, cache=max(CACHE, config.windows.max_keys // 2))
 
 
-def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = True) -> Storage:
+def open_storage(
+    config: Config, *, from_backup: bool = False, adopts: bool = True, make: bool = True
+) -> Storage:
     """Opens the store, finds out what a crash lost, and closes what was open under another layout.
 
     A file that is damaged or not ours is set aside, and a fresh store opened.
@@ -118,6 +120,7 @@ def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = Tr
     Args:
         from_backup: what waits becomes dead letters, since it may have been sent after the backup was made.
         adopts: it takes over the stores of workers that are no longer configured: worker 0 does.
+        make: False: there must be a store already.
 
     Raises:
         StoreError: the store cannot be used; ConfigError: it does not fit the configuration, or the events
@@ -127,7 +130,7 @@ def open_storage(config: Config, *, from_backup: bool = False, adopts: bool = Tr
     check_samples(build_mint(config), defaults)
     check_formats(config.outputs, build_mint(config), defaults)
     now_ms = clock_ms()
-    database = Database(config.store.path, max_bytes=config.store.max_bytes, aside_ms=now_ms)
+    database = Database(config.store.path, max_bytes=config.store.max_bytes, aside_ms=now_ms, make=make)
     try:
         checkpoints, recovered = recover(database, config.tenant.unattributed.max_identities, now_ms)
         queue = Queue(database)

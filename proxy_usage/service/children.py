@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from proxy_usage.control import ask, socket_path
+from proxy_usage.control import NotRunning, ask, socket_path
 from proxy_usage.errors import ProxyUsageError
 from proxy_usage.page.snapshot import Snapshot
 from proxy_usage.service.worker import Part
@@ -41,6 +41,9 @@ class Patience:
     """For what the operator's page shows, which is asked for every few seconds."""
     hung: float = 300.0
     """A process that gave no answer for so long, having given some, is killed."""
+    lifeless: float = 30.0
+    """So is one that says for so long that a stage shows no life: a clock that was set makes all look so for
+    a moment."""
 
 
 class Child:
@@ -78,6 +81,7 @@ class Child:
         self._program, self._patience = program, patience
         self._process: asyncio.subprocess.Process | None = None
         self._answered = 0.0  # monotonic time of the last answer of this process; 0: none yet
+        self._alive = 0.0  # … of the last that said it lives, or of its start
         self._stop = asyncio.Event()
 
     @property
@@ -112,11 +116,13 @@ class Child:
             self.restarts += 1
 
     async def _run(self, *, restored: bool) -> int:
-        self._answered = 0.0
+        self._answered, self._alive = 0.0, time.monotonic()
         self.reasons = {"starting": "it has not answered yet"}
         more = ["--restored"] if restored else []
+        # Where it served there is a store, or its disk is away: an empty one would forget what waits in it.
+        part = msgspec.structs.replace(self.part, again=self.serving.is_set())
         self._process = process = await asyncio.create_subprocess_exec(
-            *(*self._program, "run", "--config", str(self._path), "--worker", self.part.encode(), *more),
+            *(*self._program, "run", "--config", str(self._path), "--worker", part.encode(), *more),
             stdin=asyncio.subprocess.PIPE,
             env=dict(self._env),
             start_new_session=True,  # Ctrl-C is for the supervisor
@@ -160,6 +166,10 @@ class Child:
                 return
             if self._answered:
                 self.reasons = {"silent": error.message}
+                # Its socket lies beside its store. Where their disk is away nobody can say that it hangs, and
+                # it counts on in memory.
+                if isinstance(error, NotRunning):
+                    return
                 if time.monotonic() - self._answered > self._patience.hung:
                     self._end_hung("it does not answer")
             return
@@ -169,7 +179,9 @@ class Child:
         self.reasons = answer["reasons"]
         if "starting" not in self.reasons:
             self.serving.set()
-        if not answer["alive"]:
+        if answer["alive"]:
+            self._alive = self._answered
+        elif self._answered - self._alive > self._patience.lifeless:
             self._end_hung("a stage of it shows no sign of life")
 
     def _end_hung(self, why: str) -> None:

@@ -34,6 +34,7 @@ from proxy_usage.service.build import (
 from proxy_usage.service.checking import check_beside
 from proxy_usage.service.collector import collect_seldom, settle
 from proxy_usage.service.couriers import build_couriers
+from proxy_usage.service.health import health_of
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.looking import Lookout, Parts, build_web
 from proxy_usage.service.reloading import prepare
@@ -50,10 +51,6 @@ DRAIN_STREAMS_S = 5.0
 DRAIN_TURNS_S = 5.0
 """So long a full store is given to make room for what is only in memory."""
 DRAIN_DELIVERY_S = 10.0
-STALE_BEAT_MS = 30_000
-"""A stage that shows no life for so long makes the process unready, and unhealthy after ten times that."""
-STALLED_MS = 600_000
-"""Events older than this that no output took make the process unready."""
 
 
 class Service:
@@ -94,7 +91,8 @@ class Service:
             interval_ms=config.windows.checkpoint,
             clock_ms=clock_ms,
             on_events=self._wake,
-            on_reopened=storage.intake.renew,
+            on_reopened=self._reopened,
+            saved=storage.intake.counts(),
         )
         self._auditing = Auditing(config, storage, self._pipeline, nodes, self._thread, self._metrics)
         moving = (self._pipeline, self._turns, self._couriers, self._housekeeping)
@@ -274,13 +272,11 @@ class Service:
         try:
             await self._turns.finish(DRAIN_TURNS_S)
             if self.store_failure is not None:
-                log.error(
-                    "stopping with usage that the store does not take; the next start reports it as lost",
-                    error=self.store_failure.message,
-                )
+                self.tell_unsaved("stopping with usage that the store does not take")
             await self._deliver_rest()
         except StoreForeign as error:
             log.error("stopping with a damaged store", error=error.message, hint=error.hint)  # noqa: TRY400
+            self.tell_unsaved("stopping with usage that is in no store")
         for courier in self._couriers:
             await courier.stop(1.0)
         for task in self._stages.values():
@@ -291,6 +287,19 @@ class Service:
         if self._web is not None:
             await self._web.stop()
         self._thread.close()
+
+    def tell_unsaved(self, why: str) -> None:
+        """Says in the log how many rows were read and are in no store, and who else will say so."""
+        saved, intake = self._turns.saved, self._storage.intake
+        rows = {source: count - saved.get(source, 0) for source, count in intake.counts().items()}
+        log.error(
+            why,
+            rows={node: count for node, count in by_node(rows).items() if count},
+            error="" if self.store_failure is None else self.store_failure.message,
+            hint="the file of row counts could not be written either: nothing but this line tells of them"
+            if intake.behind
+            else "the next start reports these rows as lost",
+        )
 
     async def _deliver_rest(self) -> None:
         """Gives healthy outputs a bounded time to empty their queues."""
@@ -321,39 +330,28 @@ class Service:
         guards = [port.guard for port in (*self._receivers, self._web) if port is not None]
         yield from (guard for guard in guards if guard is not None)
 
+    async def _reopened(self) -> None:
+        """The store was opened anew: what lies beside it is to be where it is now."""
+        self._storage.intake.renew()
+        try:
+            await self._control.renew()
+        except ProxyUsageError as error:
+            log.warning("verbs do not reach the service", error=error.message, hint=error.hint)
+
     def _wake(self) -> None:
         for courier in self._couriers:
             courier.notify()
 
     def health(self) -> Health:
         """What /healthz and /readyz say."""
-        now_ms = clock_ms()
+        parts = health_of(self._turns, self._couriers, self._housekeeping, self._queues, clock_ms())
         reasons: dict[str, str] = {}
         if not self._started:
             reasons["starting"] = "not all ports are open yet"
         if self._stopping.is_set():
             reasons["draining"] = "the service is stopping"
-        beats = {"turns": self._turns.beat_ms}
-        beats.update({f"output {c.settings.name}": c.beat_ms for c in self._couriers})
-        for stage, beat_ms in beats.items():
-            if now_ms - beat_ms > STALE_BEAT_MS:
-                reasons[stage] = f"no sign of life for {(now_ms - beat_ms) // 1_000} s"
-        if self._turns.full:
-            reasons["store"] = self._housekeeping.describe()
-        elif self._turns.failure is not None:
-            reasons["store"] = self._turns.failure.message
-        for courier in self._couriers:
-            name, policy = courier.settings.name, courier.policy
-            oldest_ms = self._queues.oldest_ms.get(courier.settings.output)
-            if policy.paused is not None:
-                reasons[f"output {name} paused"] = (
-                    policy.paused
-                )  # its answer is for `status`: it may name a tenant
-            elif oldest_ms is not None and now_ms - oldest_ms > STALLED_MS:
-                reasons[f"output {name} stalled"] = f"oldest event is {(now_ms - oldest_ms) // 1_000} s old"
-        alive = all(not task.done() for task in self._stages.values())
-        alive = alive and all(now_ms - beat_ms <= 10 * STALE_BEAT_MS for beat_ms in beats.values())
-        return Health(alive, reasons)
+        alive = parts.alive and all(not task.done() for task in self._stages.values())
+        return Health(alive, reasons | dict(parts.reasons))
 
     def status(self) -> dict[str, object]:
         """What only the running process knows, for ``proxy-usage status``."""

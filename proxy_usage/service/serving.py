@@ -95,14 +95,18 @@ async def serve(
         return part.config(loaded)
 
     config = config if part is None else part.config(config)
-    storage = open_storage(config, from_backup=restored, adopts=part is None or part.number == 0)
+    storage = open_storage(
+        config,
+        from_backup=restored,
+        adopts=part is None or part.number == 0,
+        make=part is None or not part.again,
+    )
     storage.past.tell(storage.loss)
     service: Service | None = None
     try:
         service = Service(config, storage, reload=read, config_file=path, worker=part is not None)
         if not await live(service, forcible=part is None):
-            what = "stopped before the drain was done; what was not durable is reported at the next start"
-            log.warning(what)
+            service.tell_unsaved("stopped before the drain was done")
             return 1
         if service.store_failure is not None:
             return 1

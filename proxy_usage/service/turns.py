@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 import structlog
 
 from proxy_usage.errors import StoreError, StoreFull
 from proxy_usage.events import Mint
+from proxy_usage.intake import Source
 from proxy_usage.metrics import Metrics
 from proxy_usage.model import Cell, Event
 from proxy_usage.pipeline import Pipeline, next_step
@@ -49,8 +50,10 @@ class Turns:
 
     Args:
         housekeeping: the store's upkeep, which follows each turn.
+        saved: what the store has of rows read.
         on_events: called after a turn that made events.
-        on_reopened: called when the store was opened anew after its disk failed. May raise StoreUnavailable.
+        on_reopened: called when the store was opened anew after its disk failed. May raise StoreUnavailable,
+            and is called again then.
     """
 
     def __init__(
@@ -66,12 +69,15 @@ class Turns:
         interval_ms: int,
         clock_ms: Callable[[], int],
         on_events: Callable[[], None],
-        on_reopened: Callable[[], None],
+        on_reopened: Callable[[], Awaitable[None]],
+        saved: Mapping[Source, int],
     ) -> None:
         self.beat_ms = clock_ms()
         """When a turn was last tried."""
         self.durable_ms = clock_ms()
         """Everything read before this moment is durable."""
+        self.saved = saved
+        """Rows read, as of the last turn that the store has."""
         self.failure: StoreError | None = None
         """Why the store refused the last turn; None when it did not."""
         self._pipeline = pipeline
@@ -92,6 +98,7 @@ class Turns:
         self._retry_s = RETRY_S
         self._slice = SLICE
         self._in_doubt: Turn | None = None
+        self._reopened = False  # and not everybody knows
         self._worked_ns = 0
 
     async def run(self) -> None:
@@ -159,7 +166,8 @@ class Turns:
         one, once it is certain that the broken one did not take effect.
         """
         now_ms = self.beat_ms = self._clock_ms()
-        if (self._in_doubt is not None or self._database.broken) and not await self._resolve():
+        doubtful = self._in_doubt is not None or self._database.broken or self._reopened
+        if doubtful and not await self._resolve():
             await _paused(self._pipeline.draining(now_ms))
             self.observer.look(self._pipeline, now_ms)
             return False
@@ -176,6 +184,7 @@ class Turns:
             self._failed(error)
             return False
         self._pipeline.commit(turn)
+        self.saved = turn.intake
         self.on_closed(turn.windows.closing, now_ms)
         self._worked(now_ms)
         await _paused(turn.windows.release())
@@ -227,7 +236,10 @@ class Turns:
         try:
             if self._database.broken:
                 await self._thread.run(self._database.reopen)
-                self._on_reopened()
+                self._reopened = True
+            if self._reopened:
+                await self._on_reopened()
+                self._reopened = False
             last = await self._thread.run(self._checkpoints.last_turn)
         except StoreError as error:
             self._failed(error)
@@ -237,6 +249,7 @@ class Turns:
         self._in_doubt = None
         if last >= turn.number:
             self._pipeline.commit(turn)
+            self.saved = turn.intake
             self.on_closed(turn.windows.closing, self._clock_ms())
             self._worked(self._clock_ms())
             self._on_events()

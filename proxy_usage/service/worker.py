@@ -30,6 +30,8 @@ class Part(msgspec.Struct, frozen=True):
     of: int
     grpc: str
     """The address of ``listen.grpc``, its port known."""
+    again: bool = False
+    """Whether it takes the place of a process that served: then it makes no store where there is none."""
 
     @classmethod
     def decode(cls, text: str) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -146,6 +147,15 @@ def hours(db: sqlite3.Connection, from_ms: int, to_ms: int) -> tuple[Hour, ...]:
         (from_ms, to_ms),
     )
     return tuple(Hour(hour_ms, node, _figures(text)) for hour_ms, node, text in rows)
+
+
+def audited(db: sqlite3.Connection) -> dict[str, str]:
+    """The node that each audited Envoy was last known as. Comparisons that cannot be read are left out."""
+    found: dict[str, str] = {}
+    for envoy, text in db.execute("SELECT envoy, state FROM audits ORDER BY envoy"):
+        with suppress(msgspec.MsgspecError):
+            found[envoy] = _track(text).node
+    return found
 
 
 def _add(db: sqlite3.Connection, node: str, figures: Figures) -> None:

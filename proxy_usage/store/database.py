@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from proxy_usage.errors import StoreForeign, StoreFull, StoreUnavailable, StoreVersion
+from proxy_usage.errors import StoreForeign, StoreFull, StoreLocked, StoreUnavailable, StoreVersion
+from proxy_usage.places import Place, place
 from proxy_usage.store import aside
 from proxy_usage.store.doubt import AT_ONCE_BYTES, Doubt
 from proxy_usage.store.migrate import HISTORY, History, migrate
@@ -40,6 +42,7 @@ class Database:
             ours is set aside and a fresh store opened in its place; ``aside.notes`` tells. A large file that
             nobody doubts is only to be checked: ``unchecked`` says so, ``check_beside`` does it.
         at_once_bytes: what counts as large.
+        make: False: where there is no file, none is made.
 
     Raises:
         StoreLocked: another process owns the store.
@@ -55,8 +58,11 @@ class Database:
         aside_ms: int | None = None,
         history: History = HISTORY,
         at_once_bytes: int = AT_ONCE_BYTES,
+        make: bool = True,
     ) -> None:
         self.path = path.resolve()  # a store has one lock, by whatever name it is reached
+        if not make and place(self.path) is None:
+            raise self._gone()
         self._max_bytes = max_bytes
         self._history = history
         self._lock = Lock(self.path)
@@ -67,6 +73,7 @@ class Database:
         """Whether the connection met an error of the disk: only ``reopen`` can help it."""
         self.known = Mark(None, 0)
         """What the store that is opened anew must have; kept up by whoever writes these."""
+        self._file: Place | None = None  # what is open
         self._doubt = Doubt(self.path, at_once_bytes)
         self._beside: sqlite3.Connection | None = None
         try:
@@ -88,6 +95,7 @@ class Database:
             with translated(self.path):
                 self.known = mark(db)
                 self.space.attach(db)
+            self._file = place(self.path)
         except BaseException:
             db.close()
             raise
@@ -142,7 +150,7 @@ class Database:
 
     def close(self) -> None:
         """Closes the file and gives up the lock. Closing twice is harmless."""
-        self.db.close()
+        self._let_go()
         self._lock.release()
 
     def reopen(self) -> None:
@@ -155,26 +163,59 @@ class Database:
         believed, all of the log is written to the database once more, and synced.
 
         Raises:
-            StoreUnavailable: it still cannot be used, or it is not there. StoreForeign: it was damaged.
-            StoreLocked: what lies there now has another owner.
+            StoreUnavailable: it still cannot be used, it is not there, or has another owner by now.
+            StoreForeign: it was damaged.
         """
-        self.db.close()
-        if not self.path.exists():  # nothing is to be made where its disk will be mounted
+        self._let_go()
+        file = place(self.path)
+        if file is None:  # nothing is to be made where its disk will be mounted
             raise self._gone()
-        self._lock.renew()
+        try:
+            self._lock.renew()
+        except StoreLocked as error:  # perhaps for a moment; what waits in memory is not to end with that
+            raise StoreUnavailable(error.message, hint=error.hint) from error
         db = connect(self.path, self._max_bytes, self._history.newest, make=False)
         try:
-            aside.check(db, self.path)
             with translated(self.path):
                 self._compare(db)
+            aside.check(db, self.path)
+            with translated(self.path):
                 self._write_out(db)
                 self.space.attach(db)
         except BaseException:
             db.close()
             raise
-        self.db = db
+        self.db, self._file = db, file
         self.unchecked = self.broken = False
         self._doubt.settle()
+
+    def _let_go(self) -> None:
+        """Closes the connection, unless another file lies in the place of its own by now.
+
+        SQLite would remove that one's write-ahead log where both have the same inode number, as first files
+        of two disks do: it goes by name and number. Then the connection is left open for good.
+        """
+        if place(self.path) in (self._file, None):
+            self.db.close()
+            return
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.db))
+        self.db = sqlite3.connect(":memory:", check_same_thread=False)
+        self.db.close()
+
+    def _look(self) -> None:
+        """Raises StoreUnavailable when the connection failed before, since what it reads may be anything; and
+        when the path leads to another file than the open one, or to none: what is written would be found by
+        no later start."""
+        if self.broken:
+            raise StoreUnavailable(
+                f"store {self.path} waits to be opened anew after an error",
+                hint="check the disk and the mount",
+            )
+        file = place(self.path)
+        if file is None:
+            raise self._gone()
+        if file != self._file:
+            raise self._other()
 
     def _write_out(self, db: sqlite3.Connection) -> None:
         (busy, *_) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -185,10 +226,23 @@ class Database:
             )
 
     def _gone(self) -> StoreUnavailable:
+        why = "is not there any more"
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            why = f"cannot be reached: {error.strerror}"
         return StoreUnavailable(
-            f"store {self.path} is not there any more",
+            f"store {self.path} {why}",
             hint="mount its disk again, or put the file back: the service goes on with it by itself."
             " Only a restart would begin an empty one",
+        )
+
+    def _other(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"another store lies at {self.path} than the one that was open",
+            hint="mount the right disk, or restart the service if it is to work with this one",
         )
 
     def _compare(self, db: sqlite3.Connection) -> None:
@@ -196,10 +250,7 @@ class Database:
             raise self._gone()
         found = mark(db)
         if found.sink != self.known.sink:
-            raise StoreUnavailable(
-                f"another store lies at {self.path} than the one that was open",
-                hint="mount the right disk, or restart the service if it is to work with this one",
-            )
+            raise self._other()
         if found.turn < self.known.turn:
             raise StoreUnavailable(
                 f"store {self.path} is an older copy: it ends with turn {found.turn}, and turn"
@@ -249,6 +300,7 @@ class Database:
     def _noted(self) -> Iterator[None]:
         """Remembers what an error says of the connection, and of the file."""
         try:
+            self._look()
             yield
         except StoreUnavailable:
             self.broken = True

@@ -18,11 +18,12 @@ from typing import Any, Self
 from proxy_usage.comparison import Ours
 from proxy_usage.errors import StoreVersion, UsageError
 from proxy_usage.store import sums, usage
-from proxy_usage.store.audits import Hour, hours
+from proxy_usage.store.audits import Hour, audited, hours
 from proxy_usage.store.database import counters
 from proxy_usage.store.held import unpack
 from proxy_usage.store.migrate import check_readable
 from proxy_usage.store.period import oldest_output, period
+from proxy_usage.store.places import waiting
 from proxy_usage.store.report import asides
 from proxy_usage.store.restore import restored
 from proxy_usage.store.schema import connect_readonly, translated
@@ -151,6 +152,11 @@ class Reader:
         with self._snapshot() as db:
             return hours(db, from_ms, to_ms)
 
+    def audited(self) -> dict[str, str]:
+        """The node that each audited Envoy was last known as, by its URL, perhaps with an address."""
+        with self._snapshot() as db:
+            return audited(db)
+
     # --- queue ------------------------------------------------------------------------------------------
 
     def queue(self, output: str | None = None, limit: int = 100) -> tuple[QueuedEvent, ...]:
@@ -197,7 +203,7 @@ class Reader:
                 " FROM events e JOIN keys k ON k.key=e.key WHERE e.id=?",
                 (event_id,),
             ).fetchone()
-            places = {} if row is None else {place.output: place for place in _waiting(db, row[0])}
+            places = {} if row is None else {place.output: place for place in waiting(db, row[0])}
         settled = list(self._settled(event_id))
         if row is None and not settled:
             return None
@@ -284,6 +290,19 @@ class Reader:
             ).fetchall()
         return tuple(DeadLetter(*row) for row in rows)
 
+    def dead_reasons(self, output: str | None = None) -> dict[str, int]:
+        """Dead letters of an output (None: any) by reason.
+
+        Raises UsageError for an output that does not exist.
+        """
+        with self._snapshot() as db:
+            return dict(
+                db.execute(
+                    "SELECT reason, count(*) FROM dead WHERE output BETWEEN ? AND ? GROUP BY reason",
+                    _range(db, output),
+                )
+            )
+
     def ambiguous(self, output: str | None = None, limit: int = 100) -> tuple[Doubtful, ...]:
         """Events that were accepted when the endpoint may have forgotten an earlier attempt; latest first.
 
@@ -332,6 +351,11 @@ class Reader:
             statement = "SELECT 1 FROM held WHERE lower(hex(digest))=? LIMIT 1"
             return db.execute(statement, (held_id.lower(),)).fetchone() is not None
 
+    def held_reasons(self) -> dict[str, int]:
+        """Rows of held usage by reason."""
+        with self._snapshot() as db:
+            return dict(db.execute("SELECT reason, count(*) FROM held GROUP BY reason"))
+
     def unattributed(self, limit: int = 100) -> tuple[HeldUsage, ...]:
         """Usage of nobody, latest hour first, within it the most rows first."""
         with self._snapshot() as db:
@@ -362,32 +386,3 @@ def _range(db: sqlite3.Connection, output: str | None) -> tuple[int, int]:
         known = [name for (name,) in db.execute("SELECT name FROM outputs ORDER BY output")]
         raise UsageError(f"there is no output {output!r}", hint=f"outputs are {', '.join(known) or 'none'}")
     return row[0], row[0]
-
-
-def _waiting(db: sqlite3.Connection, seq: int) -> list[Place]:
-    """The outputs that have not settled an event, and those that refused it."""
-    places = [
-        Place(
-            name,
-            "pending" if batch is None else "attempted",
-            first_attempt_ms=first_attempt_ms,
-            attempts=attempts,
-            not_before_ms=not_before_ms,
-            answer=answer,
-        )
-        for name, batch, first_attempt_ms, attempts, not_before_ms, answer in db.execute(
-            "SELECT o.name, d.batch, d.first_attempt_ms, coalesce(b.attempts, 0), b.not_before_ms,"
-            " coalesce(b.answer, '') FROM outputs o CROSS JOIN deliveries d ON d.output=o.output"
-            " LEFT JOIN batches b ON b.batch=d.batch WHERE d.seq=? ORDER BY o.output",
-            (seq,),
-        )
-    ]
-    places.extend(
-        Place(name, "dead", at_ms=at_ms, first_attempt_ms=first_attempt_ms, reason=reason, answer=answer)
-        for name, at_ms, first_attempt_ms, reason, answer in db.execute(
-            "SELECT o.name, d.at_ms, d.first_attempt_ms, d.reason, d.answer FROM outputs o"
-            " CROSS JOIN dead d ON d.output=o.output WHERE d.seq=? ORDER BY o.output",
-            (seq,),
-        )
-    )
-    return places

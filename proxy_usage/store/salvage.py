@@ -277,6 +277,8 @@ class _Books:
         """An event with its fate at every output: dead letter, or a row of the ledger."""
         of = Key(event.tenant, tuple(event.dimensions.values()))
         key, _ = key_number(self._db, of, tuple(event.dimensions), self._now_ms)
+        # A search for unused keys may have looked through the events already.
+        self._db.execute("UPDATE keys SET used_ms=max(used_ms, ?) WHERE key=?", (self._now_ms, key))
         letters = {name: place for name, place in places.items() if place.fate == "dead"}
         tally(self._sums, 0, "minted", event.meter, event.value)
         self._values[event.meter] += event.value

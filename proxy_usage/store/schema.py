@@ -166,13 +166,19 @@ class Lock:
             ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "an unknown process"
             file.close()
             raise StoreLocked(
                 f"store {self._store} is in use by {owner}",
                 hint="one process owns a store; give this one a store.path of its own or stop the other",
+            ) from None
+        except OSError as error:
+            file.close()
+            raise StoreUnavailable(
+                f"cannot lock {self._path}: {error.strerror}",
+                hint="store.path must lie on a file system that knows locks, and that works",
             ) from None
         # A full or failing disk: the lock itself holds all the same. Past the file's buffer, which would try
         # again when it is closed, and fail then.
@@ -186,17 +192,19 @@ class Lock:
 
         Raises: as the constructor; then the former lock is kept.
         """
-        held = os.fstat(self._file.fileno())
-        with suppress(OSError):
+        with suppress(OSError):  # a file system that failed answers nothing: then it is taken anew
+            held = os.fstat(self._file.fileno())
             found = self._path.stat()
             if (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino):
                 return
         self._file, former = self._take(), self._file
-        former.close()
+        with suppress(OSError):
+            former.close()
 
     def release(self) -> None:
         """Gives the store up. The file stays: removing it would race with the next owner."""
-        self._file.close()
+        with suppress(OSError):  # closed it is all the same
+            self._file.close()
 
 
 @contextmanager
@@ -301,10 +309,16 @@ def connect_readonly(path: Path) -> sqlite3.Connection:
         StoreUnavailable: there is no store, or it cannot be read.
         StoreForeign: it is not one of ours.
     """
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreUnavailable(
             f"there is no store at {path}", hint="the service makes it at its first start; check store.path"
-        )
+        ) from None
+    except OSError as error:
+        raise StoreUnavailable(
+            f"store {path} cannot be reached: {error.strerror}", hint="check the disk and the mount"
+        ) from None
     with translated(path):
         db = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None, timeout=5)
         try:

@@ -62,6 +62,12 @@ def outputs(db: sqlite3.Connection, kept: Tallies) -> tuple[OutputStatus, ...]:
             " WHERE d.output=? ORDER BY d.seq LIMIT 1",
             (output,),
         ).fetchone()
+        # The answer is that of the row with the minimum.
+        retrying_ms, answer = db.execute(
+            "SELECT min(d.first_attempt_ms), b.answer FROM batches b JOIN deliveries d ON d.batch=b.batch"
+            " WHERE b.output=? AND b.attempts>0 AND b.answer!=''",
+            (output,),
+        ).fetchone()
         statuses.append(
             OutputStatus(
                 name=name,
@@ -82,6 +88,8 @@ def outputs(db: sqlite3.Connection, kept: Tallies) -> tuple[OutputStatus, ...]:
                 paused=paused,
                 paused_ms=None if paused is None else paused_ms,
                 detail=(detail or "") if paused is not None else "",
+                retrying_ms=retrying_ms,
+                answer=answer or "",
             )
         )
     return tuple(statuses)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 
+from proxy_usage.store.usage import HeldHour, UsageNotes
 from proxy_usage.store.views import Conservation, MeterTerms, OutputStatus, Status, Tally
 
 
@@ -46,6 +47,24 @@ def total_conservation(found: Sequence[Conservation]) -> Conservation:
     )
 
 
+def total_notes(found: Sequence[UsageNotes]) -> UsageNotes:
+    """What is to be said beside the usage of all of them: of since when all know something, the latest."""
+    held: dict[tuple[int, str], HeldHour] = {}
+    for one in chain.from_iterable(notes.held for notes in found):
+        place = (one.hour_ms, one.reason)
+        have = held.get(place, HeldHour(*place, 0, {}))
+        held[place] = replace(one, rows=have.rows + one.rows, amounts=_added((have.amounts, one.amounts)))
+    singles = [notes.single_since_ms for notes in found if notes.single_since_ms is not None]
+    known = [notes.known_since_ms for notes in found if notes.known_since_ms is not None]
+    return UsageNotes(
+        open_windows=sum(notes.open_windows for notes in found),
+        held=tuple(held[place] for place in sorted(held)),
+        summed=any(notes.summed for notes in found),
+        single_since_ms=max(singles, default=None),
+        known_since_ms=max(known, default=None),
+    )
+
+
 def _added(amounts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for one in amounts:
@@ -70,8 +89,8 @@ def _outputs(found: Iterable[OutputStatus]) -> tuple[OutputStatus, ...]:
 
 
 def _output(one: OutputStatus, other: OutputStatus) -> OutputStatus:
-    """Numbers are added; it is as old as the older, and paused if either is."""
-    apart = {"name", "added_ms", "oldest_ms", "paused", "paused_ms", "detail"}
+    """Numbers are added; it is as old as the older, paused if either is, and tries as long as either does."""
+    apart = {"name", "added_ms", "oldest_ms", "paused", "paused_ms", "detail", "retrying_ms", "answer"}
     numbers = {
         field.name: getattr(one, field.name) + getattr(other, field.name)
         for field in fields(OutputStatus)
@@ -79,8 +98,15 @@ def _output(one: OutputStatus, other: OutputStatus) -> OutputStatus:
     }
     oldest = [ms for ms in (one.oldest_ms, other.oldest_ms) if ms is not None]
     paused = one if one.paused is not None else other
+    retrying = [(have.retrying_ms, have.answer) for have in (one, other) if have.retrying_ms is not None]
+    retrying_ms, answer = min(retrying, default=(None, ""))
     return replace(
-        paused, **numbers, added_ms=min(one.added_ms, other.added_ms), oldest_ms=min(oldest, default=None)
+        paused,
+        **numbers,
+        added_ms=min(one.added_ms, other.added_ms),
+        oldest_ms=min(oldest, default=None),
+        retrying_ms=retrying_ms,
+        answer=answer,
     )
 
 

@@ -142,6 +142,10 @@ class OutputStatus:
     paused: str | None
     paused_ms: int | None
     detail: str
+    retrying_ms: int | None
+    """When the oldest batch was first sent whose last attempt failed, as far as is known; None: none."""
+    answer: str
+    """What came of that attempt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,7 +375,7 @@ async def test_a_disk_that_fails_while_an_answer_is_read_does_not_lose_the_answe
         await delivery.until(lambda: endpoint.answered == 1)
         for _ in range(20):
             await asyncio.sleep(0)
-        await delivery.thread.run(delivery.store.db.execute, "PRAGMA query_only=0")
+        await delivery.thread.run(delivery.store.database.reopen)  # as the next turn does
         await delivery.until_fates(delivered=1)
         assert len(endpoint.requests) == 1
 

@@ -6,6 +6,7 @@ error (SQLITE_IOERR), and then the file system turns itself read-only. Only a re
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from harness import World
 from program import Sink, eventually
 from test_full_disk import fill
 
+from proxy_usage.control import call, socket_path
 from proxy_usage.demo.faults import Fault, Faults
 
 pytestmark = pytest.mark.e2e
@@ -147,6 +149,33 @@ async def test_a_disk_that_fails_while_no_row_comes_is_opened_anew_too(
         assert (await sink.get("/healthz"))[0] == 200
         disk.repair()
         world.billing.faults = Faults()
+        await world.equal()
+        assert await sink.reasons() == {}
+        # Verbs reach it on the disk that it is on now.
+        assert await asyncio.to_thread(call, socket_path(disk.place / "usage.db"), "status")
+        assert await sink.stop() == 0
+
+
+async def test_a_store_that_is_moved_away_under_the_running_service_is_said_and_taken_up_again(
+    tmp_path: Path,
+) -> None:
+    """So is one that a disk was mounted over: what is written to it, no later start would find."""
+    place, away = tmp_path / "disk", tmp_path / "away"
+    async with World(tmp_path, settings={"store": {"path": str(place / "usage.db")}}) as world:
+        sink = world.sink
+        await world.send(100)
+        await world.equal()
+        place.rename(away)
+        place.mkdir()
+
+        async def said() -> bool:
+            return "not there any more" in (await sink.reasons()).get("store", "")
+
+        await eventually(said, "readiness names the store", why=sink.said)
+        await world.send(100)
+        assert list(place.iterdir()) == []
+        place.rmdir()
+        away.rename(place)
         await world.equal()
         assert await sink.reasons() == {}
         assert await sink.stop() == 0

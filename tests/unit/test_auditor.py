@@ -347,8 +347,7 @@ async def test_a_round_that_the_store_refuses_was_none(tmp_path: Path) -> None:
         with pytest.raises(StoreError):
             await here.rounds(auditor, count=1)
         assert only(auditor[0].latest())["missing"] == 0
-        here.store.db.execute("PRAGMA query_only=0")
-        here.store.broken = False
+        here.store.reopen()
         assert only(await here.rounds(auditor))["missing"] == 30
         assert sum(hour.figures.missing for hour in here.audits.hours(0)) == 30
 

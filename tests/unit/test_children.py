@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy_usage.control import socket_path
 from proxy_usage.service.children import Child, Patience
 from proxy_usage.service.worker import Part
 
@@ -52,7 +53,7 @@ async def main():
 
 asyncio.run(main())
 """
-PATIENCE = Patience(first_wait=0.01, last_wait=0.04, steady=3600, answer=0.5, hung=0)
+PATIENCE = Patience(first_wait=0.01, last_wait=0.04, steady=3600, answer=0.5, hung=0, lifeless=0)
 
 
 class Kept:
@@ -147,6 +148,41 @@ async def test_one_that_hangs_is_killed(tmp_path: Path, mode: str) -> None:
         assert kept.child.ended == -9
         kept.tell("serve")
         await kept.until(lambda: not kept.child.reasons)
+
+
+async def test_one_whose_stage_shows_no_life_for_a_moment_is_left(tmp_path: Path) -> None:
+    """All look so when the clock is set."""
+    kept = Kept(tmp_path, "serve", Patience(hung=0, lifeless=3600))
+    async with keeping(kept):
+        await kept.until(kept.child.serving.is_set)
+        kept.tell("dead")
+        for _ in range(3):
+            await kept.child.look()
+        assert kept.ended == []
+
+
+async def test_one_whose_socket_is_away_is_named_and_left(tmp_path: Path) -> None:
+    """Its store's disk is not mounted: it counts on, and another start would begin an empty store."""
+    kept = Kept(tmp_path, "serve")
+    async with keeping(kept):
+        await kept.until(kept.child.serving.is_set)
+        socket = socket_path(tmp_path / "usage.db")
+        socket.rename(tmp_path / "away")
+        await kept.until(lambda: "no service listens" in kept.child.reasons.get("silent", ""))
+        await kept.child.look()
+        assert kept.ended == []
+        (tmp_path / "away").rename(socket)
+        await kept.until(lambda: not kept.child.reasons)
+
+
+async def test_one_in_the_place_of_another_is_told_that_there_is_a_store(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, "serve")
+    async with keeping(kept):
+        await kept.until(kept.child.serving.is_set)
+        kept.child.signal(signal.SIGKILL)
+        await kept.until(lambda: len(kept.starts()) == 2)
+    parts = [line.split()[line.split().index("--worker") + 1] for line in kept.starts()]
+    assert [Part.decode(part).again for part in parts] == [False, True]
 
 
 async def test_one_that_says_nothing_for_a_while_is_named_and_left(tmp_path: Path) -> None:

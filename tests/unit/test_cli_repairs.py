@@ -79,7 +79,10 @@ def test_export_writes_a_line_each_and_takes_nothing_away(
 ) -> None:
     file = tmp_path / "letters.jsonl"
     file.write_text("old")
-    assert call("deadletters", "export", str(file)).out == f"2 dead letters are in {file}\n"
+    refused = call("deadletters", "export", str(file))
+    assert (refused.code, refused.out, file.read_text()) == (2, "", "old")
+    assert f"cannot write {file}: it exists\n  hint: name a file that does not exist yet" in refused.err
+    assert call("deadletters", "export", str(file), "--force").out == f"2 dead letters are in {file}\n"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["id"] for line in lines] == [line["event"]["id"] for line in lines] == list(ids[:2])
     first, second = lines
@@ -97,6 +100,19 @@ def test_export_writes_a_line_each_and_takes_nothing_away(
     assert len(call("deadletters", "ls", "--json").json["deadletters"]) == 2
     failed = call("deadletters", "export", str(tmp_path / "nowhere" / "file"))
     assert (failed.code, "cannot write" in failed.err) == (1, True)
+
+
+def test_a_reason_that_nothing_has_is_told_from_none_at_all(
+    call: Caller, ids: tuple[str, ...], tmp_path: Path
+) -> None:
+    others = "no dead letters with this reason; there are: rejected 1, too_late 1\n"
+    for verb in (("ls",), ("replay",), ("replay", "--redate"), ("export", str(tmp_path / "none"))):
+        assert call("deadletters", *verb, "--reason", "bogus").out == others
+    elsewhere = call("deadletters", "ls", "--output", "shadow", "--reason", "bogus").out
+    assert elsewhere == "there are no dead letters\n"
+    said = call("unattributed", "replay", "--reason", "nope").out
+    assert said == "nothing is held for this reason; there are: unmapped 1\n"
+    assert call("unattributed", "replay", "--reason", "unmapped").out != said
 
 
 def test_bytes_that_are_no_json_are_exported_all_the_same(call: Caller, ids: tuple[str, ...]) -> None:
@@ -146,7 +162,7 @@ def test_held_usage_is_run_through_the_rules_of_today(call: Caller, ids: tuple[s
     rules(call)
     assert (
         call("unattributed", "replay", "--reason", "no_tenant").out
-        == "nothing of what is held has a tenant\n"
+        == "nothing is held for this reason; there are: unmapped 1\n"
     )
     done = call("unattributed", "replay", "--id", shown[0]["id"], "--json").json
     assert done == {

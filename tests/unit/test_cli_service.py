@@ -14,6 +14,7 @@ from cli_call import Caller
 from made_store import MadeStore
 
 from proxy_usage.__main__ import plain_run
+from proxy_usage.config.workers import worker_path
 from proxy_usage.control import NotRunning, socket_path
 from proxy_usage.control import call as control
 from proxy_usage.store import Fate
@@ -79,6 +80,25 @@ def test_a_running_service_has_loaded_nothing_of_the_command_line(
     assert loaded & {"typer", "pygments", "shellingham", "envoy_data_plane", "betterproto2"} == set()
     # The attempt to load rich is listed, too.
     assert not any(module.startswith(("proxy_usage.cli", "rich.")) for module in modules)
+
+
+@pytest.fixture
+def left(call: Caller) -> Path:
+    """A store of a worker that is not configured any more."""
+    path = worker_path(call.store, 1)
+    with MadeStore(path) as store:
+        store.use("beta", 1, 0)
+    return path
+
+
+def test_what_is_taken_over_is_logged_as_everything_is(
+    left: Path, service: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    lines = [
+        line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("import time:")
+    ]
+    assert "store adopted" in [json.loads(line)["event"] for line in lines]
+    assert not left.exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is Linux's")

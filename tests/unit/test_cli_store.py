@@ -7,6 +7,7 @@ import pytest
 from cli_call import Caller
 from made_store import MINUTE, START, MadeStore
 
+from proxy_usage.events import rfc3339
 from proxy_usage.store import Fate
 
 READING = [
@@ -57,6 +58,35 @@ def test_a_file_that_is_no_store_is_refused(verb: tuple[str, ...], call: Caller)
     assert "hint:" in answer.err
 
 
+TIME = ("--from", "2027-01-15", "--to", "2027-01-16")
+LOOKING = [
+    *(verb for verb in READING if "show" not in verb),
+    ("usage", "--tenant", "alpha", *TIME),
+    ("store", "check"),
+]
+
+
+@pytest.mark.parametrize("verb", LOOKING, ids=" ".join)
+def test_a_store_is_read_though_a_file_that_the_service_needs_is_missing(
+    verb: tuple[str, ...], call: Caller, ids: tuple[str, ...]
+) -> None:
+    outputs = [
+        {"name": "billing", "url": "http://127.0.0.1:1/", "token_file": "missing"},
+        {"name": "archive", "format": "file", "file": {"path": "no/such/directory/usage.ndjson"}},
+    ]
+    call.configure(outputs=outputs)
+    assert call(*verb).code == 0
+    assert call("validate").code == 78
+    assert call("deadletters", "replay").code == 78
+    call.configure(store={"path": str(call.store.parent / "no" / "such" / "usage.db")})
+    nothing = call(*verb)
+    assert (nothing.code, "there is no store at" in nothing.err) == (1, True)
+    call.configure(outputs=[{"name": "billing"}])
+    broken = call(*verb)
+    assert broken.code == 78
+    assert broken.err.endswith("; a service that runs goes on with the configuration it has\n")
+
+
 def test_status_in_json_has_integers_under_stable_keys(call: Caller, ids: tuple[str, ...]) -> None:
     shown = call("status", "--json").json
     (billing,) = shown["outputs"]
@@ -80,6 +110,16 @@ def test_status_in_words(call: Caller, ids: tuple[str, ...]) -> None:
     assert "rows          counted 6, skipped (upstream) 2" in lines
     assert any(line.startswith("billing ") for line in lines)
     assert any(line.startswith("node-a ") for line in lines)
+
+
+def test_status_says_since_when_an_output_is_tried_in_vain(call: Caller, ids: tuple[str, ...]) -> None:
+    (billing,) = call("status", "--json").json["outputs"]
+    assert (billing["retrying_ms"], billing["answer"]) == (START + 3 * MINUTE, "503 busy")
+    assert f"  retrying since {rfc3339(START + 3 * MINUTE)}: 503 busy\n" in call("status").out
+    with MadeStore(call.store) as store, store.database.transaction() as db:
+        db.execute("UPDATE batches SET answer=''")  # under way, or its answer is not known
+    (line,) = [line for line in call("status").out.splitlines() if line.startswith("billing ")]
+    assert line.endswith(" ok")
 
 
 def test_status_says_what_the_store_takes_of_what_it_may(call: Caller, ids: tuple[str, ...]) -> None:
@@ -142,7 +182,13 @@ def test_queue_show_reads_the_stored_event(call: Caller, ids: tuple[str, ...]) -
 def test_queue_show_of_a_settled_event_has_its_fate_alone(call: Caller, ids: tuple[str, ...]) -> None:
     shown = call("queue", "show", ids[0], "--json").json
     assert (shown["event"], shown["body"], shown["places"][0]["state"]) == (None, None, "delivered")
-    assert "its bytes are gone" in call("queue", "show", ids[0]).out
+    said = call("queue", "show", ids[0]).out
+    assert "its bytes are gone" in said
+    at = rfc3339(START + 4 * MINUTE)
+    (line,) = [line for line in said.splitlines() if line.startswith("billing ")]
+    assert line.split() == ["billing", "delivered", at, "-", "-", "-", "200"]  # not that it was never tried
+    (line,) = [line for line in call("queue", "show", ids[3]).out.splitlines() if line.startswith("billing ")]
+    assert line.split()[:5] == ["billing", "attempted", "-", rfc3339(START + 3 * MINUTE), "1"]
 
 
 def test_queue_show_of_an_unknown_event(call: Caller, ids: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -204,11 +206,26 @@ def test_what_cannot_be_answered_is_said_before_anything_is_written(call: Caller
         ((*TIME, "--by", "route"), "no dimension reads a route's name"),
         ((*TIME, "--output", "elsewhere", "--json"), "there is no output 'elsewhere'"),
         (("--from", "2026-11-02", "--to", "2026-11-01"), "--to is not after --from"),
-        (("--from", "yesterday", "--to", "2026-11-01"), "write an RFC 3339 time"),
+        (("--from", "yesterday", "--to", "2026-11-01"), "write a date, e.g. 2026-09-01, or an RFC 3339 time"),
     ):
         answer = call("usage", "--tenant", "alpha", *arguments)
         assert (answer.code, answer.out) == (2, ""), answer
         assert words in answer.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_an_answer_that_cannot_be_written_is_an_error_in_words(call: Caller, form: str) -> None:
+    fill(call.store)
+    words = ("usage", "--config", str(call.config), "--tenant", "alpha", *TIME, form)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "proxy_usage", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"error: cannot write the answer: No space left on device\n",
+    )
 
 
 # --- one event ----------------------------------------------------------------------------------------
@@ -258,6 +275,12 @@ def test_an_unknown_event_says_where_it_was_looked_for_and_since_when(call: Call
     misled = call("explain", "01ARZ3NDEKTSV4RRFFQ69G5FAV", "--raw")
     assert misled.code == 2
     assert "an event is explained without options" in misled.err
+
+
+def test_an_id_that_lacks_a_character_is_told_how_ids_look(call: Caller) -> None:
+    fill(call.store)
+    answer = call("explain", "01ARZ3NDEKTSV4RRFFQ69G5FA")
+    assert (answer.code, "or an event's id, 26 characters" in answer.err) == (2, True)
 
 
 def test_a_file_that_is_called_like_an_event_is_a_file(

@@ -125,6 +125,15 @@ def test_where_nobody_looks_there_are_lines_until_it_is_told_to_stop(
             assert "waiting: Nothing has arrived yet;" in said[1]
 
 
+def test_without_a_service_each_line_says_how_to_start_it(call: Caller) -> None:
+    with subprocess.Popen(program("status", call, "--watch"), stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        said = watching.stdout.readline()
+        watching.kill()
+    begin = f"no answer: no service listens on {socket_path(call.store)}"
+    assert said == f"{begin}; start it: proxy-usage run --config FILE\n"
+
+
 def test_on_a_terminal_one_screen_is_drawn_over_and_put_away(
     call: Caller, service: subprocess.Popen[bytes]
 ) -> None:

@@ -13,7 +13,8 @@ from made_store import MINUTE, START, MadeStore
 from proxy_usage.cli.repair import repaired
 from proxy_usage.config import load
 from proxy_usage.config.workers import worker_path
-from proxy_usage.store import Fate
+from proxy_usage.events import rfc3339
+from proxy_usage.store import Fate, Retention
 
 REJECTED = Fate("dead", 200, "rejected", "unknown meter")
 DELIVERED = Fate("delivered", 200)
@@ -81,6 +82,17 @@ def test_one_store_that_does_not_add_up_is_not_evened_out_by_another(call: Worke
     assert "NO: requests: 5 nowhere; requests: 5 not counted" in call("status").out
 
 
+def test_an_output_is_tried_in_vain_for_as_long_as_in_any_store(call: Workers) -> None:
+    for worker, answer in ((1, "503 busy"), (2, "connect")):
+        with MadeStore(call.stores()[worker], ("billing", "shadow")) as store:
+            store.queue.postpone(store.send(1).id, START + 10 * MINUTE, answer)
+            at_ms = START + (9 - worker) * MINUTE
+            store.database.db.execute("UPDATE deliveries SET first_attempt_ms=? WHERE batch>0", (at_ms,))
+    (billing, shadow) = call("status", "--json").json["outputs"]
+    assert (billing["retrying_ms"], billing["answer"]) == (START + 7 * MINUTE, "connect")
+    assert (shadow["retrying_ms"], shadow["answer"]) == (None, "")
+
+
 def test_lists_say_the_worker(call: Workers) -> None:
     waiting = call("queue", "ls", "--output", "billing", "--json").json["events"]
     assert [one["worker"] for one in waiting] == [0, 1, 2]
@@ -99,6 +111,56 @@ def test_an_event_is_found_wherever_it_is(call: Workers) -> None:
     assert call("queue", "show", "01JCZZ00000000000000000000").code == 2
 
 
+def test_the_usage_of_a_tenant_is_that_of_all_stores(call: Workers) -> None:
+    time = ("--from", rfc3339(START), "--to", rfc3339(START + 3_600_000))
+    said = call("usage", "--tenant", "alpha", *time, "--output", "billing", "--json").json
+    assert sorted(line["id"] for line in said["lines"]) == sorted(ids[0] for ids in call.ids)
+    (sum_,) = said["sums"]
+    assert (sum_["used"], sum_["delivered"]) == (1 + 2 + 3, 1 + 2 + 3)
+    (held,) = said["notes"]["held"]
+    assert (held["rows"], held["amounts"]) == (3, {"requests": 3, "connection_seconds": 21})
+    (group,) = call("usage", "--tenant", "beta", *time, "--by", "hour", "--json").json["groups"][:1]
+    assert (group["output"], group["fates"]["dead"]) == ("billing", {"events": 3, "value": 6})
+    lines = call("usage", "--tenant", "alpha", *time, "--csv").out.splitlines()
+    assert len(lines) == 1 + 3 * 2
+
+
+def test_usage_knows_an_output_that_one_store_alone_has_and_no_other(call: Workers) -> None:
+    time = ("--from", rfc3339(START), "--to", rfc3339(START + 3_600_000))
+    with MadeStore(call.stores()[1], ("billing", "shadow", "gone")) as store:
+        store.use("alpha", 5, 0, now_ms=START + 2 * MINUTE)
+        store.turn(START + 5 * MINUTE)
+    said = call("usage", "--tenant", "alpha", *time, "--output", "gone", "--json").json
+    assert [(one["output"], one["used"]) for one in said["sums"]] == [("gone", 5)]
+    assert call("usage", "--tenant", "alpha", *time, "--output", "never").code == 2
+
+
+def test_one_store_that_cannot_answer_for_a_time_keeps_all_from_being_told(call: Workers) -> None:
+    with MadeStore(call.stores()[1], ("billing", "shadow")) as store:
+        Retention(
+            store.database,
+            ledger_max_bytes=1 << 30,
+            keep_delivered_ms=3_600_000,
+            keep_sums_ms=400 * 24 * 3_600_000,
+            keep_held_ms=3_600_000,
+        ).roll(START + 3 * 3_600_000)
+    said = call(
+        "usage", "--tenant", "alpha", "--from", rfc3339(START + MINUTE), "--to", "2100-01-01", "--csv"
+    )
+    assert (said.code, said.out) == (2, "")
+    assert "of which the store keeps only the sum" in said.err
+
+
+def test_an_event_is_explained_by_the_worker_that_made_it(call: Workers) -> None:
+    for worker, ids in enumerate(call.ids):
+        said = call("explain", ids[1], "--json").json
+        assert (said["worker"], said["event"]["tenant"]) == (worker, "beta")
+    assert "worker    2" in call("explain", call.ids[2][1]).out
+    unknown = call("explain", "01ARZ3NDEKTSV4RRFFQ69G5FAV")
+    assert unknown.code == 2
+    assert "is unknown to the stores of 3 workers" in unknown.err
+
+
 def test_a_letter_is_replayed_in_its_store_and_all_in_all(call: Workers) -> None:
     letters = [one["id"] for one in call("deadletters", "ls", "--json").json["deadletters"]]
     assert call("deadletters", "replay", letters[1], "--json").json["replayed"] == 1
@@ -115,7 +177,7 @@ def test_an_export_has_the_letters_of_all(call: Workers, tmp_path: Path) -> None
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["worker"] for line in lines] == [0, 1, 2]
     assert all(line["event"]["id"] == line["id"] for line in lines)
-    assert call("deadletters", "export", str(file), "--output", "nobody").code == 2
+    assert call("deadletters", "export", "-", "--output", "nobody").code == 2
 
 
 def test_held_usage_is_released_in_each_store_that_has_it(call: Workers) -> None:

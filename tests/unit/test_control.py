@@ -219,3 +219,29 @@ async def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     await server.start()
     await server.close()
     await server.close()
+
+
+async def test_a_socket_whose_place_is_empty_is_made_again(tmp_path: Path) -> None:
+    """As after its disk was mounted anew."""
+    path = tmp_path / "usage.db.sock"
+    async with serving(path) as server:
+        await server.renew()  # it is in its place
+        made = path.stat().st_ino
+        path.rename(tmp_path / "away")
+        with pytest.raises(NotRunning):
+            await ask(path, "echo")
+        await server.renew()
+        assert path.stat().st_ino != made
+        assert await ask(path, "echo", a=1) == {"got": {"a": 1}}
+    assert not path.exists()
+
+
+async def test_what_lies_in_the_place_of_a_socket_stays_when_it_closes(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db.sock"
+    async with serving(path) as server:
+        path.rename(tmp_path / "away")
+        async with serving(path):
+            with pytest.raises(ListenError):
+                await server.renew()
+            await server.close()
+            assert await ask(path, "echo", a=1) == {"got": {"a": 1}}

@@ -191,7 +191,7 @@ async def test_a_step_that_the_disk_refuses_waits(tmp_path: Path) -> None:
         await keeper.run(T0 + HOUR_MS)
         assert not keeper.busy
         assert store.rows("SELECT count(*) FROM ledger") == [(20,)]
-        store.db.execute("PRAGMA query_only=0")
+        store.database.reopen()  # as the next turn does
         await rest(keeper, T0 + 2 * HOUR_MS)
         assert store.rows("SELECT count(*) FROM ledger") == [(0,)]
         conserved(store)

@@ -1,6 +1,7 @@
 """Rows read are known after a crash, to the row; and no node's name can break the count."""
 
 import io
+import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -103,6 +104,22 @@ def test_a_disk_in_place_of_another_gets_all_that_is_known(tmp_path: Path) -> No
     intake.add("a", 1)
     assert reopened(intake).counts() == {Source("a"): 4, Source("b"): 4}
     assert Intake(tmp_path / "gone").counts() == {Source("a"): 3, Source("b"): 4}
+
+
+def test_what_could_not_be_written_is_known_until_the_file_is_opened_anew(tmp_path: Path) -> None:
+    intake = Intake(tmp_path / "intake")
+    intake.add("a", 3)
+    states = [intake.behind]
+    writable, intake._fd = intake._fd, os.open(tmp_path / "intake", os.O_RDONLY)
+    intake.add("a", 4)
+    intake.add("b", 1)
+    os.close(intake._fd)
+    states.append(intake.behind)
+    intake._fd = writable
+    assert reopened(intake).counts() == {Source("a"): 3}
+    intake.renew()
+    assert [*states, intake.behind] == [False, True, False]
+    assert reopened(intake).counts() == {Source("a"): 7, Source("b"): 1}
 
 
 def test_past_the_bound_nodes_share_a_slot_and_no_row_is_lost(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_refused_turn_is_in_the_next_one_with_what_came_meanwhile(tmp_path: Pa
                     T0 + 2 * MINUTE_MS + number,
                     meanwhile=lambda: sink.read(row(), row(tags={"project_name": "No"})),
                 )
-        sink.storage.database.db.execute("PRAGMA query_only=0")
+        sink.storage.database.reopen()
         sink.turn()
         assert sink.rows() == {"counted": 8, "skipped": 1}
         assert sum(closed(sink).values()) == 4
@@ -263,7 +263,7 @@ def test_end_rows_are_counted_by_node_whatever_becomes_of_them_and_survive_a_cra
         sink.storage.database.db.execute("PRAGMA query_only=1")
         with pytest.raises(StoreError):
             sink.turn()
-        sink.storage.database.db.execute("PRAGMA query_only=0")
+        sink.storage.database.reopen()
         sink.turn()
         assert sink.pipeline.ended == {"envoy-1": 3, "envoy-2": 1}
         sink.read(row())

@@ -11,7 +11,8 @@ import pytest
 from proxy_usage.config import Config, load_text
 from proxy_usage.errors import StageDied
 from proxy_usage.service.build import clock_ms, open_storage
-from proxy_usage.service.service import STALE_BEAT_MS, STALLED_MS, Service
+from proxy_usage.service.health import STALE_BEAT_MS, STALLED_MS
+from proxy_usage.service.service import Service
 
 SETTINGS = """
 listen: {grpc: "127.0.0.1:0", http: "127.0.0.1:0"}
@@ -76,3 +77,18 @@ async def test_the_guard_of_a_port_is_a_stage(service: Service) -> None:
     guard.cancel()
     with pytest.raises(StageDied, match="the stage 'port "):
         await service.supervise()
+
+
+def test_usage_that_is_in_no_store_is_told_by_node_and_so_is_who_else_knows(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intake = service._storage.intake
+    intake.add("envoy-1", 7, "log", "http")
+    intake.add("envoy-1", 2, "log", "tcp")
+    service.tell_unsaved("stopping")
+    said = capsys.readouterr().out
+    assert "{'envoy-1': 9}" in said
+    assert "the next start reports these rows as lost" in said
+    intake.behind = True
+    service.tell_unsaved("stopping")
+    assert "nothing but this line tells of them" in capsys.readouterr().out

@@ -1,12 +1,14 @@
 """Opening a store: one owner, no file of somebody else, and disks that are full or cannot be written."""
 
 import contextlib
+import os
 import resource
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,7 +164,9 @@ def test_a_store_that_became_read_only_says_so_and_keeps_what_it_has(tmp_path: P
         store.db.execute("PRAGMA query_only=1")  # SQLITE_READONLY, as on a remounted disk
         with pytest.raises(StoreUnavailable, match="readonly"):
             store.add("beta")
-        store.db.execute("PRAGMA query_only=0")
+        with pytest.raises(StoreUnavailable, match="waits to be opened anew"):
+            store.batch()
+        store.database.reopen()
         assert [event.id for event in store.batch().events] == ids
 
 
@@ -192,6 +196,7 @@ def test_a_disk_that_takes_no_more_refuses_the_turn_and_takes_it_later(tmp_path:
         assert caught.value.retriable
         assert caught.value.hint
         assert len(made) >= 50
+        store.database.reopen()
         assert store.fates() == {"pending": len(made)}
         store.check_tallies()
         made += store.add("after")
@@ -237,9 +242,10 @@ def test_a_lock_is_taken_anew_where_another_disk_was_mounted_in_place(tmp_path: 
         # Somebody else was quicker: nothing of the file is touched any more.
         (tmp_path / "usage.db.lock").unlink()
         other = Lock(tmp_path / "usage.db")
-        with pytest.raises(StoreLocked):
+        with pytest.raises(StoreUnavailable, match=f"in use by pid {os.getpid()}"):  # and tried again
             database.reopen()
         other.release()
+        database.reopen()
 
 
 def moved(path: Path, to: Path) -> None:
@@ -300,3 +306,51 @@ def test_another_store_or_an_older_copy_is_not_taken_for_the_one_that_was_open(t
         moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
         store.database.reopen()
         assert [event.id for event in store.batch().events][-len(ids) :] == ids
+
+
+def test_a_path_that_leads_elsewhere_is_noticed_by_the_next_transaction(tmp_path: Path) -> None:
+    """A disk was mounted over the directory: what is written under it, no later start would find."""
+    with Store(tmp_path / "disk") as store:
+        ids = store.add("alpha")
+        moved(store.database.path, tmp_path / "under")
+        with pytest.raises(StoreUnavailable, match="not there any more"):
+            store.add("beta")
+        with Store(tmp_path / "disk") as other:
+            other.add("gamma", "delta")
+            log = (tmp_path / "disk" / "usage.db-wal").read_bytes()
+            with pytest.raises(StoreUnavailable, match="waits to be opened anew"):
+                store.lease()
+            with pytest.raises(StoreUnavailable):
+                store.database.reopen()
+            assert (tmp_path / "disk" / "usage.db-wal").read_bytes() == log != b""
+        moved(tmp_path / "disk" / "usage.db", tmp_path / "over")
+        (tmp_path / "disk").rmdir()
+        moved(tmp_path / "under" / "usage.db", tmp_path / "disk")
+        store.database.reopen()
+        assert [event.id for event in store.batch().events] == ids
+
+
+def test_a_store_that_must_be_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="not there any more"):
+        Database(tmp_path / "disk" / "usage.db", make=False)
+    assert list(tmp_path.iterdir()) == []
+    Database(tmp_path / "disk" / "usage.db").close()
+    Database(tmp_path / "disk" / "usage.db", make=False).close()
+
+
+def test_a_place_that_cannot_be_looked_at_is_an_error_of_the_store(tmp_path: Path) -> None:
+    """As on a file system that shut itself down: whatever is asked of it, the answer is an error."""
+    with Store(tmp_path / "disk") as store:
+        ids = store.add("alpha")
+        moved(store.database.path, tmp_path / "away")
+        (tmp_path / "disk").rmdir()
+        (tmp_path / "disk").symlink_to("disk")
+        for refused in (store.lease, store.database.reopen, partial(connect_readonly, store.path)):
+            with pytest.raises(StoreUnavailable):
+                refused()
+        with pytest.raises(StoreUnavailable, match="cannot be reached: Too many levels of symbolic links"):
+            store.database.reopen()
+        (tmp_path / "disk").unlink()
+        moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
+        store.database.reopen()
+        assert [event.id for event in store.batch().events] == ids

@@ -239,7 +239,7 @@ def test_settling_fails_as_a_whole(tmp_path: Path) -> None:
         store.db.execute("PRAGMA query_only=1")
         with pytest.raises(StoreError):
             settle(store, batch)
-        store.db.execute("PRAGMA query_only=0")
+        store.database.reopen()
         assert store.batch() == batch
         assert store.fates() == {"pending": 2}
 

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 from made_store import MINUTE, START, MadeStore
+from money import T0, Store
 from salvaging import BOTH, LATER, LAYOUT, bodies, check_sums, letters, many, mint_of, replaced, salvage_of
 
 from proxy_usage.errors import StoreFull
 from proxy_usage.store import Fate, Idle
 from proxy_usage.store import salvage as salvage_module
 from proxy_usage.store.database import counters
+from proxy_usage.store.letters import Letters, Wanted
 from proxy_usage.store.reader import Reader
 from proxy_usage.store.report import Aside, asides
+from proxy_usage.store.retention import DAY_MS, Retention
 from proxy_usage.store.salvage import Salvage
 
 # --- a file that is sound: what becomes of what ----------------------------------------------------------
@@ -221,3 +224,36 @@ def test_what_is_here_already_is_not_brought_over_again(tmp_path: Path) -> None:
         assert (report.events, report.known, report.missing) == (0, 20, {})
         assert contents(store) == before
         check_sums(store)
+
+
+def test_a_key_that_a_search_takes_for_unused_is_kept_when_an_event_of_it_is_brought(tmp_path: Path) -> None:
+    for name in ("other", "own"):
+        (tmp_path / name).mkdir()
+    with Store(tmp_path / "other") as damaged:
+        (brought,) = damaged.add("alpha")
+    with Store(tmp_path / "own") as store:
+        store.add("alpha")
+        batch = store.batch()
+        store.queue.settle(batch, {event.seq: Fate("delivered", 200) for event in batch.events}, T0)
+        retention = Retention(
+            store.database,
+            ledger_max_bytes=1 << 30,
+            keep_delivered_ms=DAY_MS,
+            keep_sums_ms=DAY_MS,
+            keep_held_ms=DAY_MS,
+        )
+        later = T0 + 60 * DAY_MS
+        while retention.roll(later) or retention.forget(later):
+            pass
+        for _ in range(2):  # the key is noted, and no event refers to it
+            retention.sweep_keys(later)
+        name = "usage.db.aside-20260101T000000Z"
+        (tmp_path / "other" / "usage.db").rename(store.path.with_name(name))
+        salvage = Salvage(store.database, Aside(name, "damaged", later), store.slots, LAYOUT, mint_of)
+        assert salvage.run(later).events == 1
+        done = False
+        while not done:
+            _, done = retention.sweep_keys(later)
+        assert Letters(store.database).replay(Wanted()).taken == 1
+        store.add("beta", now_ms=later)  # would be given the number of a key that is gone
+        assert [(event.id, event.tenant) for event in store.batch(later).events] == [(brought, "alpha")]
