@@ -6,10 +6,14 @@
 - What ``append`` says is delivered was fsynced before, and so was the directory after each new name.
 - A batch that could not be written whole is cut off again. After a crash the next process cuts off what is
   no line, and finds the lines of the batch that was never settled: resent, they are not written twice.
+- An event that was attempted before the file was last written, and is not found at its end, may be further
+  back, or in a file that was taken away: it is written, and whether it is there twice is in doubt.
 - What is read back after a crash is written again before it is believed: a disk that failed to sync once may
   show from memory what it does not have.
 - Files are never removed. At ``max_bytes`` the output pauses, and events wait in the store.
 - One process writes an archive, by a lock file beside it.
+- A file that is gone was moved away, and a new one begins; a directory that is gone, or whose disk is, pauses
+  the output: an archive that went on in an empty mount point would be found by nobody.
 
 Everything here blocks; it runs on a thread of its own.
 """
@@ -20,6 +24,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,7 +36,8 @@ import msgspec
 import structlog
 
 from proxy_usage.config.outputs import FileConfig
-from proxy_usage.outputs.base import Paused, Retry, Settled, Verdict
+from proxy_usage.delivery.disk import Disk, NotMounted
+from proxy_usage.outputs.base import Memory, Paused, Retry, Settled, Verdict
 from proxy_usage.store import Fate, Queued
 
 log = structlog.get_logger()
@@ -40,8 +46,10 @@ TAIL = 2 << 20
 """Bytes that are looked at after a crash: more than the largest batch, and only one is ever unsettled."""
 MODE = 0o640
 DISK_FULL, ARCHIVE_FULL, IN_USE = "disk_full", "archive_full", "archive_in_use"
+NOT_MOUNTED = "not_mounted"
 BEGINNING = b'{"specversion":'
 """Of every event. What a file ends in and begins otherwise, but for a lost block of zeros, is not ours."""
+_BEGUN = re.compile(rb'\{"specversion":"[^"]*","id":"([^"\\]+)"')
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _WRONG = frozenset(
     {
@@ -75,6 +83,10 @@ class _Open:
     """When it was last written; 0 where it is empty."""
     known: frozenset[str]
     """Ids of the events that were found at its end when it was opened."""
+    last: str
+    """Id of the last of them, also where its line was cut off; empty where there is none."""
+    found_ms: int
+    """When it had last been written, or was made, when it was opened."""
 
 
 class Archive:
@@ -84,6 +96,8 @@ class Archive:
         self.config = config
         self._path = config.path
         self._open: _Open | None = None
+        self._disk: Disk | None = None
+        """Where the directory was when a file was last opened; None: not found yet."""
         self._last_ms = 0
         """Time in the newest name that was given."""
         self._finished_bytes: int | None = None
@@ -134,7 +148,11 @@ class Archive:
                 )
             self._write(one, lines)
             one.end, one.written_ms = one.end + len(lines), now_ms
-        return Settled({event.seq: Fate("delivered") for event in events})
+        ids = [event.id for event in events]
+        # Where the file ended in the midst of this batch, what follows there was never written.
+        before = set(ids[: ids.index(one.last)] if one.last in ids else ids)
+        unseen = frozenset(event.seq for event in fresh if event.id in before)
+        return Settled({event.seq: Fate("delivered") for event in events}, Memory(unseen, one.found_ms))
 
     @staticmethod
     def _write(one: _Open, lines: bytes) -> None:
@@ -191,17 +209,18 @@ class Archive:
 
         Raises:
             BlockingIOError: another process has it.
+            NotMounted: its directory, or the disk under it, went away since it was opened first.
             OSError: it cannot be opened, read or repaired.
         """
         if self._open is not None and not (
             _same(self._open.fd, self._path) and _same(self._open.lock, self._lock_path)
         ):
+            self._look_at_disk()
             log.warning("an archive was moved away while it was written", file=str(self._path))
             self.close()
         if self._open is None:
-            if not self._path.parent.exists():
-                self._path.parent.mkdir()
-                _sync_directory(self._path.parent.parent)
+            self._look_at_disk()
+            self._disk = Disk.of(self._path.parent)
             self._finished_bytes = None
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
             fd = -1
@@ -210,8 +229,9 @@ class Archive:
                 with suppress(OSError):  # a full disk: the lock itself holds all the same
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+                there = self._path.exists()
                 fd = self._create()
-                self._open = self._recover(fd, lock)
+                self._open = self._recover(fd, lock, there)
             except BaseException:  # whatever it is, no lock stays behind
                 os.close(lock)
                 if fd >= 0:
@@ -219,21 +239,34 @@ class Archive:
                 raise
         return self._open
 
+    def _look_at_disk(self) -> None:
+        """Makes the directory, once: from then on it has to be there, and on its disk. Raises OSError."""
+        directory = self._path.parent
+        if self._disk is not None:
+            self._disk.check(directory)
+        elif not directory.exists():
+            directory.mkdir()
+            _sync_directory(directory.parent)
+
     def _create(self) -> int:
         """The file's descriptor; a new file's name is durable before anything is written to it."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
         try:
             _sync_directory(self._path.parent)
+            self._look_at_disk()  # it may have gone since this was asked before
         except OSError:
             os.close(fd)
             raise
         return fd
 
-    def _recover(self, fd: int, lock: int) -> _Open:
-        """Cuts off what is no line, makes what is left durable, and learns the ids at the end."""
+    def _recover(self, fd: int, lock: int, there: bool) -> _Open:
+        """Cuts off what is no line, makes what is left durable, and learns the ids at the end.
+
+        ``there`` False: the file is new, and nobody knows what was in one that may have been taken away.
+        """
         status = os.fstat(fd)
         start, tail = _read_tail(fd, status.st_size)
-        end, ids = self._whole(tail, complete=start == 0)
+        end, found = self._whole(tail, complete=start == 0)
         if end < len(tail):
             rest = tail[end : end + len(BEGINNING)]
             if (start > 0 and end == 0) or not (BEGINNING.startswith(rest) or rest[0] == 0):
@@ -245,37 +278,41 @@ class Archive:
         if end:
             os.pwrite(fd, tail[:end], start)
         os.fsync(fd)
+        with suppress(OSError):  # another's file: then it looks as if it had been written just now
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         if start == 0:  # it may have been finished just before the crash
             for path in self.finished()[-1:]:
-                ids |= self._ids_of(path)
-        size = start + end
-        written_ms = status.st_mtime_ns // 1_000_000 if size else 0
-        return _Open(fd, lock, size, written_ms, frozenset(ids))
+                found = self._ids_of(path) + found
+        last = "".join(found[-1:]) if there else ""
+        if cut := _BEGUN.match(tail, end):
+            last = cut[1].decode(errors="replace")
+        found_ms, size = status.st_mtime_ns // 1_000_000, start + end
+        return _Open(fd, lock, size, found_ms if size else 0, frozenset(found), last, found_ms)
 
-    def _ids_of(self, path: Path) -> set[str]:
+    def _ids_of(self, path: Path) -> list[str]:
         """Ids at the end of a finished file, which was durable when it was finished; none if it is gone."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return set()
+            return []
         try:
             start, tail = _read_tail(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)
         return self._whole(tail, complete=start == 0)[1]
 
-    def _whole(self, tail: bytes, *, complete: bool) -> tuple[int, set[str]]:
-        """Where the last line ends that is an event, and the ids of all lines that are.
+    def _whole(self, tail: bytes, *, complete: bool) -> tuple[int, list[str]]:
+        """Where the last line ends that is an event, and the ids of all lines that are, in their order.
 
         Args:
             complete: it is the whole file; otherwise its first line may be the end of one.
         """
-        end, at, ids = 0, 0, set()
+        end, at, ids = 0, 0, []
         if not complete:
             at = tail.find(b"\n") + 1
         while (newline := tail.find(b"\n", at)) >= 0:
             with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                ids.add(self._decoder.decode(tail[at:newline]).id)
+                ids.append(self._decoder.decode(tail[at:newline]).id)
                 end = newline + 1
             at = newline + 1
         return end, ids
@@ -292,6 +329,8 @@ class Archive:
 
 def _verdict(error: OSError) -> Retry | Paused:
     text = f"{error.filename or 'archive'}: {error.strerror}"
+    if isinstance(error, NotMounted):
+        return Paused(NOT_MOUNTED, text)
     if error.errno in _FULL:
         return Paused(DISK_FULL, text)
     return Paused("misconfigured", text) if error.errno in _WRONG else Retry("io_error", text)

@@ -29,6 +29,7 @@ class Backlog(Protocol):
         busy: frozenset[int],
         apart: frozenset[str],
         late_ms: int | None,
+        longest_ms: int | None,
     ) -> Batch | Idle:
         """The next batch, marked as attempted before the caller can send a byte of it."""
 
@@ -73,6 +74,7 @@ class StoredBacklog:
         busy: frozenset[int],
         apart: frozenset[str],
         late_ms: int | None,
+        longest_ms: int | None,
     ) -> Batch | Idle:
         """As ``Queue.lease``."""
         return await self._thread.run(
@@ -87,6 +89,7 @@ class StoredBacklog:
             busy=busy,
             apart=apart,
             late_ms=late_ms,
+            longest_ms=longest_ms,
         )
 
     async def postpone(

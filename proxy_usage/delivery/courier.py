@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 STORE_RETRY_S = 1.0
 IDLE_S = 5.0
 """The loop looks at the queue at least so often: that beat is its heartbeat, too."""
+REPORT_MS = 60_000
+"""A failure that lasts is said so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Courier:
         self._failure: BaseException | None = None
         self._noted_pause: str | None = ""  # nothing noted yet: a former process may have left a pause
         self._said = ""  # what was last said of a disk in trouble
-        self._reported: tuple[str, int] = ("", 0)
+        self._reported: dict[str, int] = {}  # when a failure was last said, by its outcome
         self._probing = False
 
     def notify(self) -> None:
@@ -169,6 +172,7 @@ class Courier:
             busy=frozenset(self._under_way),
             apart=self.policy.apart,
             late_ms=None if horizon_ms is None else now_ms - horizon_ms,
+            longest_ms=self.policy.longest_wait_ms,
         )
         if leased.too_late:
             for _ in range(leased.too_late):
@@ -240,12 +244,15 @@ class Courier:
             self._metrics.unanswered.labels(output=name).inc()
         for fate in step.fates.values():
             self._metrics.delivered(name, fate.name, fate.reason)
-        # The same failure again and again is one line a minute, not one line an attempt.
-        now_ms = self._clock_ms()
-        if step.wait_ms is not None and self._reported[0] == step.outcome and now_ms < self._reported[1]:
-            return
-        self._reported = (step.outcome, now_ms + 60_000)
-        log.info(
+        waits = step.wait_ms is not None
+        if waits:
+            # The same failure again and again is one line a minute, not one line an attempt.
+            now_ms, before_ms = self._clock_ms(), self._reported.get(step.outcome)
+            if before_ms is not None and 0 <= now_ms - before_ms < REPORT_MS:
+                return
+            self._reported[step.outcome] = now_ms
+        log.log(
+            logging.WARNING if waits else logging.INFO,
             "batch",
             output=name,
             outcome=step.outcome,

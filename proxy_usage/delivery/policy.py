@@ -2,7 +2,7 @@
 
 verdict      events        what happens
 Settled      any           each to its fate; `delivered_ambiguous` where an earlier attempt is so old that
-                           the endpoint may have forgotten it
+                           the endpoint may have forgotten it, or an archive cannot find it any more
 Shortfall    one           within half the duplicate window: dead letter `not_accepted`; later: unconfirmed
              several       within: asked about one by one, their tenants batched apart; later: unconfirmed
 Refused      several       split in half
@@ -20,10 +20,11 @@ request at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from proxy_usage.outputs.base import Ambiguous, Paused, Refused, Retry, Settled, Shortfall, Verdict
+from proxy_usage.outputs.answers import MAX_RETRY_AFTER_MS
+from proxy_usage.outputs.base import Ambiguous, Memory, Paused, Refused, Retry, Settled, Shortfall, Verdict
 from proxy_usage.store import Batch, Fate
 
 MAX_APART = 1_000
@@ -105,8 +106,8 @@ class Policy:
     def decide(self, batch: Batch, verdict: Verdict, now_ms: int) -> Step:
         """The next step for a batch, given what its answer says."""
         match verdict:
-            case Settled(fates):
-                return self._settled(batch, fates, now_ms)
+            case Settled():
+                return self._settled(batch, verdict, now_ms)
             case Shortfall():
                 return self._shortfall(batch, verdict, now_ms)
             case Refused():
@@ -125,6 +126,11 @@ class Policy:
         window_ms = min(window_ms, self._settings.dedup_window_ms)
         self._settings = replace(self._settings, dedup_window_ms=window_ms)
 
+    @property
+    def longest_wait_ms(self) -> int:
+        """No attempt is followed by a longer wait, whatever an endpoint asks for."""
+        return max(self._settings.max_ms, MAX_RETRY_AFTER_MS)
+
     def wait_ms(self, now_ms: int) -> int:
         """For how long nothing is sent, since the last attempt failed."""
         since_ms, wait_ms = self._waits
@@ -137,7 +143,8 @@ class Policy:
         if mark is not None:
             self._refused_at.update((part, mark) for part in parts)
 
-    def _settled(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Step:
+    def _settled(self, batch: Batch, verdict: Settled, now_ms: int) -> Step:
+        fates = verdict.fates
         delivered = sum(fate.name == "delivered" for fate in fates.values())
         self._recovered()
         self.accepted += delivered
@@ -146,8 +153,8 @@ class Policy:
             self._grow()
             if not batch.confirm:
                 self.apart -= {event.tenant for event in batch.events}
-            return Step("delivered", self._doubted(batch, fates, now_ms))
-        return Step("partial", self._doubted(batch, fates, now_ms))
+            return Step("delivered", self._doubted(batch, fates, now_ms, verdict.memory))
+        return Step("partial", self._doubted(batch, fates, now_ms, verdict.memory))
 
     def _grow(self) -> None:
         """Dares larger batches again after many that were taken: the limit may have been a mistake."""
@@ -156,19 +163,29 @@ class Policy:
             self._taken = 0
             self.max_bytes = min(self._most_bytes, 2 * self.max_bytes)
 
-    def _doubted(self, batch: Batch, fates: Mapping[int, Fate], now_ms: int) -> Mapping[int, Fate]:
+    def _doubted(
+        self, batch: Batch, fates: Mapping[int, Fate], now_ms: int, memory: Memory | None = None
+    ) -> Mapping[int, Fate]:
         """Marks what was accepted when the endpoint may have forgotten that it had stored it before."""
-        if not batch.resent or now_ms - batch.first_attempt_ms <= self._settings.dedup_window_ms:
+        if memory is not None:
+            sure = memory.last_ms <= batch.first_attempt_ms <= now_ms
+            doubtful: Collection[int] = memory.unseen
+        else:
+            sure = _passed_ms(batch, now_ms) <= self._settings.dedup_window_ms
+            doubtful = fates.keys()
+        if sure or not batch.resent:
             return fates
         return {
-            seq: fate._replace(name="delivered_ambiguous") if fate.name == "delivered" else fate
+            seq: fate._replace(name="delivered_ambiguous")
+            if fate.name == "delivered" and seq in doubtful
+            else fate
             for seq, fate in fates.items()
         }
 
     def _shortfall(self, batch: Batch, verdict: Shortfall, now_ms: int) -> Step:
         self._recovered()
         unknown = [event for event in batch.events if event.seq not in verdict.fates]
-        remembered = 2 * (now_ms - batch.first_attempt_ms) < self._settings.dedup_window_ms
+        remembered = 2 * _passed_ms(batch, now_ms) < self._settings.dedup_window_ms
         if not remembered:
             lost = Fate("unconfirmed", answer=verdict.answer)
             return Step("unconfirmed", {**verdict.fates, **{event.seq: lost for event in unknown}})
@@ -215,7 +232,7 @@ class Policy:
         if pause:
             self.paused = reason
         ceiling = min(self._settings.max_ms, self._settings.initial_ms << min(self.failures - 1, 20))
-        wait_ms = max(after_ms, self._below(ceiling + 1))
+        wait_ms = max(min(after_ms, self.longest_wait_ms), self._below(ceiling + 1))
         self._waits = (now_ms, wait_ms)
         return Step(reason, wait_ms=wait_ms, answer=answer)
 
@@ -226,3 +243,9 @@ class Policy:
         self._waits = (0, 0)
         self.paused = None
         self.detail = ""
+
+
+def _passed_ms(batch: Batch, now_ms: int) -> int:
+    """Time since a batch was first attempted. Where that lies ahead, the clock was moved back, and it may be
+    long ago: as far as it lies ahead, so that a small correction of the clock raises no doubt."""
+    return abs(now_ms - batch.first_attempt_ms)

@@ -75,6 +75,7 @@ class StreamBacklog:
         busy: frozenset[int],
         apart: frozenset[str],
         late_ms: int | None,
+        longest_ms: int | None,
     ) -> Batch | Idle:
         """As ``store.Queue.lease``. Events that were handed to somebody before are batched apart.
 
@@ -93,7 +94,8 @@ class StreamBacklog:
             attempted = True
             if number in busy:
                 continue
-            if batch.not_before_ms <= now_ms:
+            wait_ms = batch.not_before_ms - now_ms
+            if wait_ms <= 0 or (longest_ms is not None and wait_ms > longest_ms):
                 batch.seqs = [seq for seq in batch.seqs if seq in self._taking.held]
                 late = await self._expire(batch.seqs, late_ms)
                 batch.seqs = [seq for seq in batch.seqs if seq in self._taking.held]
@@ -203,7 +205,15 @@ class StreamBacklog:
         return self._loaded(self._number, output, resent=before)
 
     def _begin(self, number: int, batch: _Batch, output: int, late: int, now_ms: int) -> Batch:
-        """Another attempt. Where none before it can have stored anything, it counts as the first."""
+        """Another attempt. Where none before it can have stored anything, it counts as the first.
+
+        What was in another's hands while it was held here may have been sent by that one, whatever the
+        attempts from here came to.
+        """
+        shared = [held for seq in batch.seqs if (held := self._taking.held[seq]).before]
+        if shared:
+            batch.before = True
+            batch.first_attempt_ms = min(batch.first_attempt_ms, *(held.published_ms for held in shared))
         resent = not batch.clean or batch.before
         if not resent:
             batch.first_attempt_ms = now_ms

@@ -65,7 +65,7 @@ class Held:
     """Where it is acknowledged."""
     published_ms: int
     before: bool
-    """Somebody was handed it before: perhaps it was sent."""
+    """Somebody else was, or may have been, handed it: perhaps it was sent."""
     since_ms: int
     time_ms: int | None
     """The event's own time; None: it is no event of usage."""
@@ -126,8 +126,8 @@ class Taking:
         self._water = 0  # the same, when this connection was made
 
     def oldest_ms(self) -> int | None:
-        """When the oldest event that is held was published."""
-        return min((held.published_ms for held in self.held.values()), default=None)
+        """When the oldest event that is held was published: by its server's clock, which may be ahead."""
+        return min((min(held.published_ms, held.since_ms) for held in self.held.values()), default=None)
 
     def room_again(self) -> None:
         """Something of ``ready`` was taken away."""
@@ -175,8 +175,10 @@ class Taking:
             self.lapsed.update(self.held)
 
     def let_go(self, keep: Container[int]) -> None:
-        """Forgets what lapsed, but ``keep``: the server hands it to somebody, if it has not yet."""
+        """Forgets what lapsed, but ``keep``: the server hands all of it to somebody, if it has not yet."""
         gone = [seq for seq in self.lapsed if seq in self.held and seq not in keep]
+        for seq in self.lapsed & self.held.keys():
+            self.held[seq].before = True
         for seq in gone:
             del self.held[seq]
             self.ready.pop(seq, None)
@@ -248,6 +250,7 @@ class Taking:
         known = self.held.get(found.seq)
         if known is not None:  # it was thought that this forwarder had died; the newer address counts
             known.reply = message.reply
+            known.before = True  # and whoever was handed it in between may have sent it
             self.lapsed.discard(found.seq)
             return
         event, time_ms = _parsed(message, found.seq)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import gzip
+import os
+import ssl
 from pathlib import Path
 from types import TracebackType
 
@@ -150,11 +152,25 @@ class Transport:
         except TimeoutError:
             return Retry("timeout", "no whole answer in time")
         except aiohttp.ClientSSLError as error:
-            return Paused("tls", _text(str(error)))
+            return Paused("tls", _unconnected(error))
         except aiohttp.ClientConnectorError as error:
-            return Retry("connect", _text(str(error)))
+            return Retry("connect", _unconnected(error))
         except (aiohttp.ClientError, OSError) as error:
             return Retry("broken_answer", _text(f"{type(error).__name__}: {error}"))
+
+
+def _unconnected(error: aiohttp.ClientConnectorError) -> str:
+    """Where nobody was reached and why, in the system's words: aiohttp's name its own objects."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause: Exception = error.certificate_error
+    else:
+        cause = error.os_error
+    reason = str(cause)
+    if not isinstance(cause, ssl.SSLError) and isinstance(cause, OSError) and cause.errno is not None:
+        # Of names that are not found the number is not the system's, but the text is its.
+        reason = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or reason
+    host = f"[{error.host}]" if ":" in error.host else error.host
+    return _text(f"{host}:{error.port}: {reason or type(cause).__name__}")
 
 
 def _text(value: str) -> str:

@@ -30,11 +30,23 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What is known of earlier attempts by looking at what they left, instead of by a duplicate window."""
+
+    unseen: frozenset[int]
+    """Delivered now, and not found among what was looked at, by ``Queued.seq``."""
+    last_ms: int
+    """An attempt since then stored nothing that was not looked at (milliseconds since the epoch)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
     """Every event of the batch has an outcome."""
 
     fates: Mapping[int, Fate]
     """By ``Queued.seq``."""
+    memory: Memory | None = field(default=None, compare=False)
+    """None: the receiver knows an event again for the duplicate window."""
 
 
 @dataclass(frozen=True, slots=True)

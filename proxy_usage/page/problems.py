@@ -59,6 +59,7 @@ PAUSED = {
     "disk_full": "The archive's disk is full. Take finished files of the archive away.",
     "archive_full": "The archive is as large as it may become. Take finished files of it away.",
     "archive_in_use": "Another process writes the archive; its lock file says which. Give each its own.",
+    "not_mounted": "The archive's disk, or its directory, is gone. Mount it; nothing is written elsewhere.",
     "misconfigured": "There is no such address at the endpoint, or it forbids us. Correct the url, then"
     " restart.",
     "redirected": "The endpoint sends us elsewhere, perhaps to a login page. Correct the url, then restart.",

@@ -27,9 +27,6 @@ from proxy_usage.outputs import FORMATS
 from proxy_usage.service.build import Storage, clock_ms
 from proxy_usage.store.thread import StoreThread
 
-FOR_EVER_MS = 1 << 62
-"""An archive finds what it has by reading it back, however late."""
-
 
 def build_sender(output: OutputConfig, window_ms: int, policy: Policy) -> Sender | None:
     """What sends an output's batches; None where nothing is sent.
@@ -69,9 +66,8 @@ def _nats_sender(output: OutputConfig, url: str, nats: NatsConfig, policy: Polic
 
 def build_policy(output: OutputConfig) -> Policy:
     """The output's state: backoff, pause, and what it learns."""
-    remembered_ms = FOR_EVER_MS if output.format == "file" else output.dedup_window
     return Policy(
-        RetrySettings(output.retry.initial, output.retry.max, remembered_ms),
+        RetrySettings(output.retry.initial, output.retry.max, output.dedup_window),
         below=random.SystemRandom().randrange,
     )
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from proxy_usage.errors import ConfigError
+from proxy_usage.store.ages import Ages
 from proxy_usage.store.database import Database, Sums, add_counters, add_tallies, tally
 from proxy_usage.store.letters import Letters, Wanted, expire, mark_absent, settle_event, too_old
 from proxy_usage.turn import OutputSlot
@@ -93,6 +94,7 @@ class Queue:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._ages = Ages()
 
     # --- outputs ----------------------------------------------------------------------------------------
 
@@ -102,6 +104,7 @@ class Queue:
         Raises:
             ConfigError: an output that is no longer configured, or sends nothing now, still has events.
         """
+        self._ages.at(now_ms)
         with self._database.transaction() as db:
             db.executemany(
                 "INSERT INTO outputs(name, added_ms) VALUES(?,?) ON CONFLICT(name) DO NOTHING",
@@ -150,6 +153,7 @@ class Queue:
         busy: frozenset[int] = frozenset(),
         apart: frozenset[str] = frozenset(),
         late_ms: int | None = None,
+        longest_ms: int | None = None,
     ) -> Batch | Idle:
         """The next batch to send: one attempted before if any is due, else a new one of pending events.
 
@@ -165,7 +169,11 @@ class Queue:
             apart: tenants whose events are batched alone.
             late_ms: events of windows before this are not sent any more, attempted or not: they become dead
                 letters. Where that empties a batch, the answer is to ask again at once.
+            longest_ms: no batch is made to wait for longer: one that would be was postponed under a clock
+                that was ahead, and is due.
         """
+        self._ages.at(now_ms)
+        last_ms = None if longest_ms is None else now_ms + longest_ms
         with self._database.transaction() as db:
             waiting: int | None = None
             attempted = False
@@ -177,7 +185,7 @@ class Queue:
                 attempted = True
                 if batch in busy:
                     continue
-                if not_before_ms <= now_ms:
+                if not_before_ms <= now_ms or (last_ms is not None and not_before_ms > last_ms):
                     late = 0 if late_ms is None else expire(db, output, too_old(db, batch, late_ms), now_ms)
                     loaded = _load(db, batch)
                     return Idle(now_ms, late) if loaded is None else _begin(db, loaded, late, now_ms)
@@ -310,14 +318,16 @@ class Queue:
         return count
 
     def oldest_ms(self, output: int) -> int | None:
-        """When the oldest event that an output has not settled was minted; None when there is none."""
+        """When the oldest event that an output has not settled was minted; None when there is none.
+
+        Never far ahead of the clock (``Ages``)."""
         with self._database.reading() as db:
             row = db.execute(
-                "SELECT e.minted_ms FROM deliveries d JOIN events e ON e.seq=d.seq"
+                "SELECT d.seq, e.minted_ms FROM deliveries d JOIN events e ON e.seq=d.seq"
                 " WHERE d.output=? ORDER BY d.seq LIMIT 1",
                 (output,),
             ).fetchone()
-        return row[0] if row else None
+        return self._ages.since_ms(output, *row) if row else None
 
     def tallies(self) -> dict[tuple[int, str], int]:
         """Events by output (0: all together) and fate. ``pending`` and ``dead`` are the present numbers."""
