@@ -73,6 +73,7 @@ class Courier:
         self._clock_ms = clock_ms
         self._wake = asyncio.Event()
         self._stopping = False
+        self._patient = asyncio.Event()  # set when a stop waits no longer
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._noted_pause: str | None = ""  # nothing noted yet: a former process may have left a pause
@@ -96,6 +97,8 @@ class Courier:
                 while not self._stopping:
                     self.beat_ms = self._clock_ms()
                     await self._turn()
+                if self._failure is None:
+                    await self._patient.wait()  # what is under way may end by itself
             finally:
                 for task in self._under_way.values():
                     task.cancel()
@@ -107,8 +110,11 @@ class Courier:
         """Leases nothing more and waits so long for what is under way; the rest stays durable."""
         self._stopping = True
         self._wake.set()
-        if self._under_way:
-            await asyncio.wait(self._under_way.values(), timeout=timeout_s)
+        try:
+            if self._under_way:
+                await asyncio.wait(self._under_way.values(), timeout=timeout_s)
+        finally:
+            self._patient.set()
 
     async def _turn(self) -> None:
         """Starts one batch if there is room for it, else waits for a reason to look again."""

@@ -66,7 +66,7 @@ async def said(directory: Path, *verdicts: tuple[int, Verdict]) -> list[tuple[st
         async with asyncio.timeout(PATIENCE_S):
             while await thread.run(store.fates) != {"delivered": 1}:
                 await asyncio.sleep(0.002)
-        await courier.stop(PATIENCE_S)
+        await courier.stop(PATIENCE_S)  # a batch is said after its fate is stored
         await running
         thread.close()
     return [(line["log_level"], line["outcome"]) for line in lines if line["event"] == "batch"]
