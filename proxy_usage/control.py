@@ -117,13 +117,12 @@ class ControlServer:
         """Listens at the path again, if it leads to another file by now, or to none: after its disk was
         mounted anew.
 
-        Raises: as ``start``; then it goes on listening where it did.
+        Raises: as ``start``; then it listens nowhere, until it is called again.
         """
-        former = self._server
-        if former is None or place(self._path) == self._place:
+        if self._server is None or place(self._path) == self._place:
             return
+        self._server.close()  # first: Python 3.13 removes what has the same inode number, on whatever disk
         await self.start()
-        former.close()
 
     async def close(self) -> None:
         """Stops listening, ends what is under way and removes the socket."""

@@ -77,6 +77,10 @@ class StoreUnavailable(StoreError):
     retriable = True
 
 
+class StoreBusy(StoreUnavailable):
+    """Another program holds the store, or a part of it, for longer than was waited."""
+
+
 class StreamUnavailable(StoreError):
     """The stream that a forwarder reads cannot be reached; what it holds waits, or goes to another."""
 

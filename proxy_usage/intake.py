@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from proxy_usage.errors import StoreUnavailable
+from proxy_usage.places import place
 
 MAGIC = b"proxy-usage rows read 2\n".ljust(64, b"\0")
 SLOT = 512
@@ -101,8 +102,7 @@ class Intake:
         self._slots = {source: number for number, (source, _) in enumerate(known)}
         self._counts = [rows for _, rows in known]
         self._logs = Counter(source.node for source in self._slots)
-        self.behind = False
-        """Whether the file may know less than was read: it could not be written, nor was it renewed since."""
+        self._failed = False  # to write it, since it was opened
 
     def _open(self) -> BinaryIO:
         path = self.path
@@ -130,9 +130,18 @@ class Intake:
         self._fd = self._file.fileno()
         with suppress(OSError):  # of a file system that failed
             former.close()
-        self.behind = False
+        self._failed = False
         for source, slot in self._slots.items():
             self._write(slot, source)
+
+    @property
+    def behind(self) -> bool:
+        """Whether what the next start finds at the path may know less than was read."""
+        try:
+            held = os.fstat(self._fd)
+        except OSError:  # of a file system that failed
+            return True
+        return self._failed or place(self.path) != (held.st_dev, held.st_ino)
 
     def add(self, node: str, rows: int, log: str = "", kind: str = "") -> None:
         """Counts rows as read. Call it before they are folded."""
@@ -166,7 +175,7 @@ class Intake:
         try:
             os.pwrite(self._fd, content, len(MAGIC) + slot * SLOT)
         except OSError:
-            self.behind = True
+            self._failed = True
 
     def counts(self) -> dict[Source, int]:
         """Rows read over the life of the store: what a checkpoint saves."""

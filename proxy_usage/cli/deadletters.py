@@ -182,9 +182,11 @@ def export(
             for line in lines:
                 print(line)
             return
+        if not any(having.values()):  # an empty file would be in the way of the next try
+            print(_nothing(stores, output, reason, f"there are no dead letters: {file} was not written"))
+            return
         count = _write(Path(file), lines)
-        nothing = _nothing(stores, output, reason, f"0 dead letters are in {file}")
-    print(f"{count} dead letters are in {file}" if count else nothing)
+    print(f"{count} dead letters are in {file}")
 
 
 def _nothing(stores: Readers, output: str | None, reason: str | None, otherwise: str) -> str:

@@ -310,7 +310,7 @@ def _windows(config: Config) -> Iterator[Finding]:
     # From the beginning of a window to its last event: until all its keys are closed, and once more for rows
     # that were late for that.
     made = windows.length + windows.grace + windows.length // 4 + windows.reopen
-    if windows.late_horizon < made + _DELIVERY:
+    if config.forward is None and windows.late_horizon < made + _DELIVERY:
         yield Finding(
             ("windows", "late_horizon"),
             f"{format_duration(windows.late_horizon)} is too short: a window's events are made up to"
@@ -333,7 +333,7 @@ def _streams(config: Config) -> Iterator[Finding]:
 
 def _store(config: Config) -> Iterator[Finding]:
     least, each = config.workers * MIN_STORE, ", 1MiB for each worker" if config.workers > 1 else ""
-    if config.store.max_bytes < least:
+    if config.forward is None and config.store.max_bytes < least:
         yield Finding(
             ("store", "max_bytes"),
             f"{format_size(config.store.max_bytes)} holds no more than empty tables",

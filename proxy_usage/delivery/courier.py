@@ -73,6 +73,7 @@ class Courier:
         self._clock_ms = clock_ms
         self._wake = asyncio.Event()
         self._stopping = False
+        self._ended = asyncio.Event()  # set when nothing more is begun
         self._patient = asyncio.Event()  # set when a stop waits no longer
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
@@ -97,9 +98,11 @@ class Courier:
                 while not self._stopping:
                     self.beat_ms = self._clock_ms()
                     await self._turn()
+                self._ended.set()
                 if self._failure is None:
                     await self._patient.wait()  # what is under way may end by itself
             finally:
+                self._ended.set()
                 for task in self._under_way.values():
                     task.cancel()
                 await asyncio.gather(*self._under_way.values(), return_exceptions=True)
@@ -111,8 +114,11 @@ class Courier:
         self._stopping = True
         self._wake.set()
         try:
-            if self._under_way:
-                await asyncio.wait(self._under_way.values(), timeout=timeout_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._ended.wait()  # a lease may be under way, too, whose batch then is
+                    if self._under_way:
+                        await asyncio.wait(self._under_way.values())
         finally:
             self._patient.set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import os
+import socket
 import ssl
 from pathlib import Path
 from types import TracebackType
@@ -166,9 +167,10 @@ def _unconnected(error: aiohttp.ClientConnectorError) -> str:
     else:
         cause = error.os_error
     reason = str(cause)
-    if not isinstance(cause, ssl.SSLError) and isinstance(cause, OSError) and cause.errno is not None:
-        # Of names that are not found the number is not the system's, but the text is its.
-        reason = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or reason
+    if isinstance(cause, socket.gaierror):  # its number is of a list of its own
+        reason = cause.strerror or reason
+    elif not isinstance(cause, ssl.SSLError) and isinstance(cause, OSError) and cause.errno is not None:
+        reason = os.strerror(cause.errno)
     host = f"[{error.host}]" if ":" in error.host else error.host
     return _text(f"{host}:{error.port}: {reason or type(cause).__name__}")
 

@@ -22,6 +22,7 @@ import structlog
 from proxy_usage.control import NotRunning, ask, socket_path
 from proxy_usage.errors import ProxyUsageError
 from proxy_usage.page.snapshot import Snapshot
+from proxy_usage.places import place
 from proxy_usage.service.worker import Part
 
 log = structlog.get_logger()
@@ -77,7 +78,8 @@ class Child:
         """When any process of it answered last, by the wall clock; None: never."""
         self.serving = asyncio.Event()
         """Set once any process of it has opened all its ports."""
-        self._path, self._env, self._socket, self._on_end = path, env, socket_path(store), on_end
+        self._path, self._env, self._on_end = path, env, on_end
+        self._store, self._socket = store, socket_path(store)
         self._program, self._patience = program, patience
         self._process: asyncio.subprocess.Process | None = None
         self._answered = 0.0  # monotonic time of the last answer of this process; 0: none yet
@@ -166,9 +168,10 @@ class Child:
                 return
             if self._answered:
                 self.reasons = {"silent": error.message}
-                # Its socket lies beside its store. Where their disk is away nobody can say that it hangs, and
-                # it counts on in memory.
-                if isinstance(error, NotRunning):
+                if isinstance(error, NotRunning) and place(self._store) is None:
+                    # Its socket lies beside its store: where their disk is away nobody can say that it hangs,
+                    # and it counts on in memory.
+                    self._answered = time.monotonic()
                     return
                 if time.monotonic() - self._answered > self._patience.hung:
                     self._end_hung("it does not answer")

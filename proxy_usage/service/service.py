@@ -13,6 +13,7 @@ from proxy_usage.certificates import expires_s
 from proxy_usage.config import Config
 from proxy_usage.control import ControlServer
 from proxy_usage.decode import CHOICE, Split
+from proxy_usage.delivery import Courier
 from proxy_usage.errors import ProxyUsageError, StageDied, StoreError, StoreForeign
 from proxy_usage.intake import HTTP, OTHERS, TCP, by_node
 from proxy_usage.metrics import MAX_NODES_NAMED, Metrics
@@ -37,9 +38,11 @@ from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.health import health_of
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.looking import Lookout, Parts, build_web
+from proxy_usage.service.reaching import Reach
 from proxy_usage.service.reloading import prepare
 from proxy_usage.service.salvaging import salvage_all
 from proxy_usage.service.turns import Turns
+from proxy_usage.service.unsaved import tell_unsaved
 from proxy_usage.service.verbs import Verbs
 from proxy_usage.service.watching import QueueWatch
 from proxy_usage.store.thread import StoreThread
@@ -132,6 +135,7 @@ class Service:
                 wake=self._wake,
             ).handlers(),
         )
+        self._reach = Reach(self._control, storage.database.is_there)
         self._stages: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
         self._started = False
@@ -158,6 +162,7 @@ class Service:
         self._metrics.crash_unknown.set(len(self._storage.loss.unknown))
         http = None if self._web is None else await self._web.start()
         await self._control.start()
+        self._stages["control"] = asyncio.create_task(self._reach.keep(), name="control")
         self._stages["turns"] = asyncio.create_task(self._turns.run(), name="turns")
         self._stages["watch"] = asyncio.create_task(self._queues.run(), name="watch")
         self._stages["page"] = asyncio.create_task(self._lookout.run(), name="page")
@@ -277,8 +282,7 @@ class Service:
         except StoreForeign as error:
             log.error("stopping with a damaged store", error=error.message, hint=error.hint)  # noqa: TRY400
             self.tell_unsaved("stopping with usage that is in no store")
-        for courier in self._couriers:
-            await courier.stop(1.0)
+        await asyncio.gather(*(courier.stop(1.0) for courier in self._couriers))
         for task in self._stages.values():
             task.cancel()
         await asyncio.gather(*self._stages.values(), return_exceptions=True)
@@ -289,32 +293,29 @@ class Service:
         self._thread.close()
 
     def tell_unsaved(self, why: str) -> None:
-        """Says in the log how many rows were read and are in no store, and who else will say so."""
-        saved, intake = self._turns.saved, self._storage.intake
-        rows = {source: count - saved.get(source, 0) for source, count in intake.counts().items()}
-        log.error(
-            why,
-            rows={node: count for node, count in by_node(rows).items() if count},
-            error="" if self.store_failure is None else self.store_failure.message,
-            hint="the file of row counts could not be written either: nothing but this line tells of them"
-            if intake.behind
-            else "the next start reports these rows as lost",
-        )
+        """Says in the log what was read and is in no store."""
+        tell_unsaved(why, self._turns.saved, self._storage.intake, self.store_failure)
 
     async def _deliver_rest(self) -> None:
         """Gives healthy outputs a bounded time to empty their queues."""
         self._wake()
         deadline_ms = clock_ms() + int(DRAIN_DELIVERY_S * 1_000)
         while clock_ms() < deadline_ms:
-            waiting = [
-                courier
-                for courier in self._couriers
-                if courier.policy.failures == 0
-                and await self._thread.run(self._storage.queue.oldest_ms, courier.settings.output) is not None
-            ]
-            if not waiting:
+            try:
+                waiting = [await self._waits(courier) for courier in self._couriers]
+            except StoreError as error:
+                if not error.retriable:
+                    raise
+                return  # what is not known to wait cannot be delivered either
+            if not any(waiting):
                 return
             await asyncio.sleep(0.05)
+
+    async def _waits(self, courier: Courier) -> bool:
+        """Whether a healthy output has something to deliver."""
+        if courier.policy.failures:
+            return False
+        return await self._thread.run(self._storage.queue.oldest_ms, courier.settings.output) is not None
 
     # --- between the parts ------------------------------------------------------------------------------
 
@@ -333,10 +334,7 @@ class Service:
     async def _reopened(self) -> None:
         """The store was opened anew: what lies beside it is to be where it is now."""
         self._storage.intake.renew()
-        try:
-            await self._control.renew()
-        except ProxyUsageError as error:
-            log.warning("verbs do not reach the service", error=error.message, hint=error.hint)
+        await self._reach.renew()
 
     def _wake(self) -> None:
         for courier in self._couriers:

@@ -44,12 +44,14 @@ from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError
 from proxy_usage.metrics import SupervisorMetrics
 from proxy_usage.page.document import document
+from proxy_usage.places import place
 from proxy_usage.receiver import reserve
 from proxy_usage.service.build import clock_ms
 from proxy_usage.service.children import Child, describe
 from proxy_usage.service.logs import configure_log
 from proxy_usage.service.merging import Merged
 from proxy_usage.service.overlooking import Overlook
+from proxy_usage.service.reaching import Reach
 from proxy_usage.service.worker import Part
 from proxy_usage.web import Health, Web
 
@@ -104,6 +106,7 @@ class Supervisor:
             api={"/api/intake": self._intake, "/api/audit": partial(self._children[0].ask, "audit")},
         )
         self._control = ControlServer(supervisor_socket(config.store.path), {"page": self._page})
+        self._reach = Reach(self._control, lambda: place(config.store.path) is not None)
         self._signals = 0
 
     async def run(self, *, restored: bool) -> int:
@@ -115,14 +118,16 @@ class Supervisor:
         http = await self._web.start()
         log.info("supervising", version=__version__, workers=len(self._children), grpc=self._grpc, http=http)
         looking = asyncio.create_task(self._look_on(), name="look")
+        reaching = asyncio.create_task(self._reach.keep(), name="control")
         assert self._web.guard is not None
         try:
-            return await self._keep_all([looking, self._web.guard], restored=restored)
+            return await self._keep_all([looking, reaching, self._web.guard], restored=restored)
         finally:
-            looking.cancel()
+            for task in (looking, reaching):
+                task.cancel()
             for child in self._children:
                 child.kill()
-            await asyncio.gather(looking, return_exceptions=True)
+            await asyncio.gather(looking, reaching, return_exceptions=True)
             await self._control.close()
             await self._web.stop()
 

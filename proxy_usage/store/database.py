@@ -9,7 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from proxy_usage.errors import StoreForeign, StoreFull, StoreLocked, StoreUnavailable, StoreVersion
+from proxy_usage.errors import (
+    StoreBusy,
+    StoreForeign,
+    StoreFull,
+    StoreLocked,
+    StoreUnavailable,
+    StoreVersion,
+)
 from proxy_usage.places import Place, place
 from proxy_usage.store import aside
 from proxy_usage.store.doubt import AT_ONCE_BYTES, Doubt
@@ -61,7 +68,8 @@ class Database:
         make: bool = True,
     ) -> None:
         self.path = path.resolve()  # a store has one lock, by whatever name it is reached
-        if not make and place(self.path) is None:
+        # A store that was set aside is no reason: the process may have ended before it had a successor.
+        if not make and place(self.path) is None and not any(path.parent.glob(f"{path.name}.aside-*")):
             raise self._gone()
         self._max_bytes = max_bytes
         self._history = history
@@ -69,6 +77,7 @@ class Database:
         self.space = Space(self.path, max_bytes)
         self.unchecked = False
         """Whether the file was opened without having been read whole."""
+        self._cause = ""  # why it is broken
         self.broken = False
         """Whether the connection met an error of the disk: only ``reopen`` can help it."""
         self.known = Mark(None, 0)
@@ -122,6 +131,7 @@ class Database:
             StoreForeign: it is damaged; the next start reads it before it uses it.
             StoreUnavailable: the disk cannot be read. StoreError: it was stopped.
         """
+        self._look()
         self._beside = connect_readonly(self.path)
         try:
             aside.check(self._beside, self.path)
@@ -174,6 +184,18 @@ class Database:
             self._lock.renew()
         except StoreLocked as error:  # perhaps for a moment; what waits in memory is not to end with that
             raise StoreUnavailable(error.message, hint=error.hint) from error
+        try:
+            self.db = self._verified()
+        except StoreForeign as error:
+            if file == self._file:
+                raise
+            raise self._other() from error
+        self._file = file
+        self.unchecked = self.broken = False
+        self._doubt.settle()
+
+    def _verified(self) -> sqlite3.Connection:
+        """What lies at the path, when it is the store that was open, and durable."""
         db = connect(self.path, self._max_bytes, self._history.newest, make=False)
         try:
             with translated(self.path):
@@ -185,9 +207,7 @@ class Database:
         except BaseException:
             db.close()
             raise
-        self.db, self._file = db, file
-        self.unchecked = self.broken = False
-        self._doubt.settle()
+        return db
 
     def _let_go(self) -> None:
         """Closes the connection, unless another file lies in the place of its own by now.
@@ -202,14 +222,17 @@ class Database:
         self.db = sqlite3.connect(":memory:", check_same_thread=False)
         self.db.close()
 
+    def is_there(self) -> bool:
+        """Whether the path leads to the open file, and that works."""
+        return not self.broken and place(self.path) == self._file is not None
+
     def _look(self) -> None:
         """Raises StoreUnavailable when the connection failed before, since what it reads may be anything; and
         when the path leads to another file than the open one, or to none: what is written would be found by
         no later start."""
         if self.broken:
             raise StoreUnavailable(
-                f"store {self.path} waits to be opened anew after an error",
-                hint="check the disk and the mount",
+                f"{self._cause}; it waits to be opened anew", hint="check the disk and the mount"
             )
         file = place(self.path)
         if file is None:
@@ -302,8 +325,11 @@ class Database:
         try:
             self._look()
             yield
-        except StoreUnavailable:
-            self.broken = True
+        except StoreBusy:  # the connection is sound
+            raise
+        except StoreUnavailable as error:
+            if not self.broken:
+                self.broken, self._cause = True, error.message
             raise
         except StoreForeign:
             self._doubt.begin()

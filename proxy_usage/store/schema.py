@@ -40,6 +40,7 @@ from typing import IO
 from urllib.parse import quote
 
 from proxy_usage.errors import (
+    StoreBusy,
     StoreError,
     StoreForeign,
     StoreFull,
@@ -229,13 +230,16 @@ def translated(path: Path) -> Iterator[None]:
                 f"store {path} is damaged or not a database: {error}",
                 hint="start the service again: it sets the file aside and keeps what can be read of it",
             ) from error
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StoreBusy(
+                f"store {path} cannot be used: {error}",
+                hint="another program holds it for long: end that one",
+            ) from error
         if code in (
             sqlite3.SQLITE_IOERR,
             sqlite3.SQLITE_READONLY,
             sqlite3.SQLITE_CANTOPEN,
             sqlite3.SQLITE_PERM,
-            sqlite3.SQLITE_BUSY,
-            sqlite3.SQLITE_LOCKED,
         ):
             raise StoreUnavailable(
                 f"store {path} cannot be used: {error}",
@@ -263,7 +267,7 @@ def connect(path: Path, max_bytes: int, newest: int = VERSION, *, make: bool = T
     """
     with translated(path):
         # Autocommit: transactions are begun and ended by hand, so that what one holds can be read off.
-        where = f"file:{quote(str(path))}?mode={'rwc' if make else 'rw'}"
+        where = f"file:{quote(os.fsencode(path))}?mode={'rwc' if make else 'rw'}"
         db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
         try:
             _prepare(db, path, max_bytes, newest, make=make)
@@ -320,7 +324,8 @@ def connect_readonly(path: Path) -> sqlite3.Connection:
             f"store {path} cannot be reached: {error.strerror}", hint="check the disk and the mount"
         ) from None
     with translated(path):
-        db = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None, timeout=5)
+        where = f"file:{quote(os.fsencode(path))}?mode=ro"
+        db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=5)
         try:
             application = db.execute("PRAGMA application_id").fetchone()[0]
         except BaseException:

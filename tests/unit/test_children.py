@@ -173,6 +173,10 @@ async def test_one_whose_socket_is_away_is_named_and_left(tmp_path: Path) -> Non
         assert kept.ended == []
         (tmp_path / "away").rename(socket)
         await kept.until(lambda: not kept.child.reasons)
+        # Where the store is there, it ought to listen.
+        (tmp_path / "usage.db").touch()
+        socket.rename(tmp_path / "away")
+        await kept.until(lambda: bool(kept.ended))
 
 
 async def test_one_in_the_place_of_another_is_told_that_there_is_a_store(tmp_path: Path) -> None:

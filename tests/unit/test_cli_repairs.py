@@ -74,6 +74,15 @@ def test_accepting_duplicates_without_redating_is_a_mistake(call: Caller, ids: t
     assert (answer.code, "goes with --redate" in answer.err) == (2, True)
 
 
+def test_export_of_nothing_leaves_no_file_in_the_way(
+    call: Caller, ids: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "letters.jsonl"
+    answer = call("deadletters", "export", str(file), "--reason", "nope")
+    assert (answer.code, file.exists()) == (0, False)
+    assert "no dead letters with this reason" in answer.out
+
+
 def test_export_writes_a_line_each_and_takes_nothing_away(
     call: Caller, ids: tuple[str, ...], tmp_path: Path
 ) -> None:

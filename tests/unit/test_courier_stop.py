@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import pytest
 from money import T0, Store
@@ -20,6 +22,12 @@ from proxy_usage.store import Fate, Queued
 from proxy_usage.store.thread import StoreThread
 
 PATIENCE_S = 60.0
+
+
+class Parts(NamedTuple):
+    courier: Courier
+    store: Store
+    thread: StoreThread
 
 
 class SlowEndpoint:
@@ -45,15 +53,13 @@ class SlowEndpoint:
         return Settled({event.seq: Fate("delivered", 200) for event in events})
 
 
-@pytest.mark.parametrize(("timeout_s", "fates"), [(PATIENCE_S, {"delivered": 1}), (0.05, {"pending": 1})])
-async def test_what_is_under_way_may_end_within_the_time_of_a_stop(
-    tmp_path: Path, timeout_s: float, fates: dict[str, int]
-) -> None:
-    endpoint, thread = SlowEndpoint(), StoreThread()
-    with Store(tmp_path) as store:
-        store.add("alpha")
+@asynccontextmanager
+async def delivering(directory: Path, endpoint: SlowEndpoint, tenants: int) -> AsyncIterator[Parts]:
+    thread = StoreThread()
+    with Store(directory) as store:
+        store.add(*(f"t-{number}" for number in range(tenants)))
         courier = Courier(
-            CourierSettings("billing", store.output, linger_ms=0),
+            CourierSettings("billing", store.output, batch_events=1, linger_ms=0, concurrency=2),
             StoredBacklog(store.queue, thread),
             endpoint,
             Policy(RetrySettings(1, 1), below=lambda _: 0),
@@ -62,15 +68,41 @@ async def test_what_is_under_way_may_end_within_the_time_of_a_stop(
         )
         running = asyncio.create_task(courier.run())
         async with asyncio.timeout(PATIENCE_S):
-            await endpoint.asked.wait()
-            stopping = asyncio.create_task(courier.stop(timeout_s))
-            if timeout_s < 1:
-                await stopping
-            else:
-                for _ in range(10):  # a stop that waits for nothing would have ended it by now
-                    await asyncio.sleep(0)
-                endpoint.answer.set()
-                await stopping
+            yield Parts(courier, store, thread)
             await running
-        assert await thread.run(store.fates) == fates
         thread.close()
+
+
+@pytest.mark.parametrize(("timeout_s", "fates"), [(PATIENCE_S, {"delivered": 1}), (0.05, {"pending": 1})])
+async def test_what_is_under_way_may_end_within_the_time_of_a_stop(
+    tmp_path: Path, timeout_s: float, fates: dict[str, int]
+) -> None:
+    endpoint = SlowEndpoint()
+    async with delivering(tmp_path, endpoint, tenants=1) as (courier, store, thread):
+        await endpoint.asked.wait()
+        await thread.run(int)  # the next lease is over: nothing but the batch is under way
+        stopping = asyncio.create_task(courier.stop(timeout_s))
+        if timeout_s < 1:
+            await stopping
+        else:
+            for _ in range(10):  # a stop that waits for nothing would have ended it by now
+                await asyncio.sleep(0)
+            endpoint.answer.set()
+            await stopping
+        assert await thread.run(store.fates) == fates
+
+
+async def test_a_batch_that_is_leased_as_the_stop_comes_is_sent(tmp_path: Path) -> None:
+    endpoint = SlowEndpoint()
+    endpoint.answer.set()
+    async with delivering(tmp_path, endpoint, tenants=1) as (courier, store, thread):
+        blocked = threading.Event()
+        waiting = asyncio.ensure_future(thread.run(blocked.wait))  # the store is busy as the loop begins
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(courier.stop(PATIENCE_S))
+        await asyncio.sleep(0)
+        blocked.set()
+        await stopping
+        await waiting
+        assert endpoint.asked.is_set()
+        assert await thread.run(store.fates) == {"delivered": 1}

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from proxy_usage.config import Config, load_text
+from proxy_usage.control import call, socket_path
 from proxy_usage.errors import StageDied
-from proxy_usage.service.build import clock_ms, open_storage
+from proxy_usage.service.build import Storage, clock_ms, open_storage
 from proxy_usage.service.health import STALE_BEAT_MS, STALLED_MS
 from proxy_usage.service.service import Service
 
@@ -23,6 +25,14 @@ outputs: [{name: billing, url: "http://127.0.0.1:9/v1/usage/events:batchIngest"}
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     """A service that serves, on ports of its own."""
+    made, storage = await started(tmp_path)
+    yield made
+    await made.drain()
+    await made.end()
+    storage.close()
+
+
+async def started(tmp_path: Path) -> tuple[Service, Storage]:
     config = load_text(
         f"{SETTINGS}store: {{path: {tmp_path}/usage.db}}", origin="test", base=tmp_path, env={}
     )
@@ -33,10 +43,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     storage = open_storage(config)
     made = Service(config, storage, reload=reload)
     await made.start()
-    yield made
-    await made.drain()
-    await made.end()
-    storage.close()
+    return made, storage
 
 
 async def test_all_is_well(service: Service) -> None:
@@ -80,15 +87,52 @@ async def test_the_guard_of_a_port_is_a_stage(service: Service) -> None:
 
 
 def test_usage_that_is_in_no_store_is_told_by_node_and_so_is_who_else_knows(
-    service: Service, capsys: pytest.CaptureFixture[str]
+    service: Service,
 ) -> None:
     intake = service._storage.intake
     intake.add("envoy-1", 7, "log", "http")
     intake.add("envoy-1", 2, "log", "tcp")
-    service.tell_unsaved("stopping")
-    said = capsys.readouterr().out
-    assert "{'envoy-1': 9}" in said
-    assert "the next start reports these rows as lost" in said
-    intake.behind = True
-    service.tell_unsaved("stopping")
-    assert "nothing but this line tells of them" in capsys.readouterr().out
+    with capture_logs() as lines:
+        service.tell_unsaved("stopping")
+        intake.path.rename(intake.path.with_name("away"))  # where the next start will not find it
+        service.tell_unsaved("stopping")
+    assert [line["rows"] for line in lines] == [{"envoy-1": 9}] * 2
+    assert lines[0]["hint"] == "the next start reports as lost what of them is in no store"
+    assert "perhaps only this line tells of them" in lines[1]["hint"]
+
+
+def test_a_stop_with_everything_saved_says_so(service: Service) -> None:
+    with capture_logs() as lines:
+        service.tell_unsaved("stopped before the drain was done")
+    assert lines == [
+        {
+            "event": "stopped before the drain was done",
+            "hint": "all that was read is in the store",
+            "log_level": "warning",
+        }
+    ]
+
+
+async def test_the_control_socket_is_made_again_where_the_store_is(service: Service) -> None:
+    path = socket_path(service.config.store.path)
+    path.unlink()
+    await service._reach.renew()
+    assert "version" in await asyncio.to_thread(call, path, "status")  # type: ignore[operator]
+    path.unlink()
+    store = service.config.store.path
+    store.rename(store.with_name("away"))
+    await service._reach.renew()
+    assert not path.exists()  # it may be the place where its disk will be mounted
+    store.with_name("away").rename(store)
+    await service._reach.renew()
+    assert path.exists()
+
+
+async def test_a_drain_ends_in_order_where_the_store_is_away(tmp_path: Path) -> None:
+    service, storage = await started(tmp_path)
+    store = service.config.store.path
+    store.rename(store.with_name("away"))
+    await service.drain()
+    await service.end()
+    storage.close()
+    assert all(task.done() for task in service._stages.values())

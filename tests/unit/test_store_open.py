@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from money import T0, Store, cell
 
-from proxy_usage.errors import StoreError, StoreForeign, StoreFull, StoreLocked, StoreUnavailable
+from proxy_usage.errors import StoreBusy, StoreError, StoreForeign, StoreFull, StoreLocked, StoreUnavailable
 from proxy_usage.store import Batch, Database, Fate
 from proxy_usage.store.audits import Audits
 from proxy_usage.store.schema import APPLICATION_ID, VERSION, Lock, connect_readonly
@@ -354,3 +354,49 @@ def test_a_place_that_cannot_be_looked_at_is_an_error_of_the_store(tmp_path: Pat
         moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
         store.database.reopen()
         assert [event.id for event in store.batch().events] == ids
+
+
+@pytest.mark.parametrize("what", ["junk", "foreign", "newer"])
+def test_what_is_no_store_of_ours_is_waited_out_like_another_store(tmp_path: Path, what: str) -> None:
+    """It may lie there until the right disk is mounted; a start would set it aside."""
+    with Store(tmp_path / "disk") as store:
+        ids = store.add("alpha")
+        moved(store.database.path, tmp_path / "away")
+        if what == "junk":
+            store.path.write_bytes(b"junk" * 4_096)
+        else:
+            with contextlib.closing(sqlite3.connect(store.path)) as db:
+                db.execute("CREATE TABLE t(a)")
+                db.execute(f"PRAGMA application_id={APPLICATION_ID if what == 'newer' else 1}")
+                db.execute("PRAGMA user_version=99")
+        content = store.path.read_bytes()
+        for refused in (store.database.reopen, store.database.check_beside):
+            with pytest.raises(StoreUnavailable, match="another store lies at") as caught:
+                refused()
+            assert caught.value.retriable
+        assert store.path.read_bytes() == content
+        moved(store.path, tmp_path / "other")
+        (tmp_path / "disk").rmdir()
+        moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
+        store.database.reopen()
+        assert [event.id for event in store.batch().events] == ids
+
+
+def test_a_store_that_another_program_holds_for_a_while_works_again_by_itself(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.db.execute("PRAGMA busy_timeout=1")
+        with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreBusy):
+                store.add("alpha")
+            other.execute("ROLLBACK")
+        store.add("beta")
+
+
+def test_a_store_that_was_set_aside_may_have_a_successor_made(tmp_path: Path) -> None:
+    """The process ended between the two."""
+    path = tmp_path / "usage.db"
+    Database(path).close()
+    path.rename(tmp_path / "usage.db.aside-20261122T052452Z")
+    Database(path, make=False).close()
+    assert path.exists()
