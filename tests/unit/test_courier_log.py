@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from money import MINUTE_MS, T0, Store
+from senders import PlainSender
 from structlog.testing import capture_logs
 
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, StoredBacklog
-from proxy_usage.delivery.transport import TokenFile
-from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.base import Paused, Retry, Settled, Verdict
 from proxy_usage.store import Fate, Queued
@@ -24,23 +22,12 @@ PATIENCE_S = 60.0
 CONNECT, UNAUTHORIZED = Retry("connect", "refused"), Paused("unauthorized", "401: who are you?")
 
 
-class Endpoint:
+class Endpoint(PlainSender):
     """Gives one verdict after the other, each at its time, and then accepts everything."""
 
     def __init__(self, *verdicts: tuple[int, Verdict]) -> None:
         self._verdicts: Iterator[tuple[int, Verdict]] = iter(verdicts)
         self.now_ms = T0
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def trust(self, token: TokenFile | None, trust: Trust) -> None:
-        raise AssertionError("nobody renews anything")
 
     async def send(self, events: Sequence[Queued]) -> Verdict:
         delivered = Settled({event.seq: Fate("delivered", 200) for event in events})

@@ -7,15 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import pytest
 from money import T0, Store
+from senders import PlainSender
 
 from proxy_usage.delivery import Courier, CourierSettings, Policy, RetrySettings, StoredBacklog
-from proxy_usage.delivery.transport import TokenFile
-from proxy_usage.delivery.trust import Trust
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.base import Settled, Verdict
 from proxy_usage.store import Fate, Queued
@@ -30,22 +28,11 @@ class Parts(NamedTuple):
     thread: StoreThread
 
 
-class SlowEndpoint:
+class SlowEndpoint(PlainSender):
     """Accepts everything once ``answer`` is set."""
 
     def __init__(self) -> None:
         self.asked, self.answer = asyncio.Event(), asyncio.Event()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def trust(self, token: TokenFile | None, trust: Trust) -> None:
-        raise AssertionError("nobody renews anything")
 
     async def send(self, events: Sequence[Queued]) -> Verdict:
         self.asked.set()
