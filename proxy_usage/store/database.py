@@ -189,7 +189,7 @@ class Database:
         except StoreForeign as error:
             if file == self._file:
                 raise
-            raise self._other() from error
+            raise self._other(f" ({error.message})") from error
         self._file = file
         self.unchecked = self.broken = False
         self._doubt.settle()
@@ -215,11 +215,11 @@ class Database:
         SQLite would remove that one's write-ahead log where both have the same inode number, as first files
         of two disks do: it goes by name and number. Then the connection is left open for good.
         """
-        if place(self.path) in (self._file, None):
+        if self._file is None or place(self.path) in (self._file, None):
             self.db.close()
             return
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.db))
-        self.db = sqlite3.connect(":memory:", check_same_thread=False)
+        self.db, self._file = sqlite3.connect(":memory:", check_same_thread=False), None
         self.db.close()
 
     def is_there(self) -> bool:
@@ -262,9 +262,9 @@ class Database:
             " Only a restart would begin an empty one",
         )
 
-    def _other(self) -> StoreUnavailable:
+    def _other(self, why: str = "") -> StoreUnavailable:
         return StoreUnavailable(
-            f"another store lies at {self.path} than the one that was open",
+            f"another store lies at {self.path} than the one that was open{why}",
             hint="mount the right disk, or restart the service if it is to work with this one",
         )
 

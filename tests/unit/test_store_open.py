@@ -370,11 +370,17 @@ def test_what_is_no_store_of_ours_is_waited_out_like_another_store(tmp_path: Pat
                 db.execute(f"PRAGMA application_id={APPLICATION_ID if what == 'newer' else 1}")
                 db.execute("PRAGMA user_version=99")
         content = store.path.read_bytes()
+        with pytest.raises(StoreUnavailable, match="another store lies at"):
+            store.lease()
+        with pytest.raises(StoreUnavailable, match=r"the one that was open \(.*usage\.db"):
+            store.database.reopen()
+        closed = store.db
         for refused in (store.database.reopen, store.database.check_beside):
             with pytest.raises(StoreUnavailable, match="another store lies at") as caught:
                 refused()
             assert caught.value.retriable
         assert store.path.read_bytes() == content
+        assert store.db is closed  # each try leaves nothing more behind
         moved(store.path, tmp_path / "other")
         (tmp_path / "disk").rmdir()
         moved(tmp_path / "away" / "usage.db", tmp_path / "disk")
