@@ -14,6 +14,7 @@ from pathlib import Path
 
 def main() -> int:
     """Runs the verb on the command line. Returns the exit code."""
+    have_standard_streams()
     plain = plain_run(sys.argv[1:], os.environ.get("PROXY_USAGE_CONFIG"))
     if plain is None:
         from proxy_usage.cli import main as command_line
@@ -30,6 +31,22 @@ def main() -> int:
     except ProxyUsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def have_standard_streams() -> None:
+    """Opens those of the standard streams that whoever started the program had closed.
+
+    Else the next file would come to have their number, be it the store, and what somebody prints end up in
+    it. Writing to a standard output that was closed goes on failing, so that a verb whose answer nobody got
+    does not end with 0; errors have nowhere to go, and go nowhere.
+    """
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest number that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def plain_run(words: Sequence[str], named: str | None) -> tuple[Path, bool] | None:

@@ -27,6 +27,13 @@ DEAD_LETTER_REASONS = frozenset(
 )
 
 
+def log_lines_lost(registry: prometheus.CollectorRegistry) -> prometheus.Counter:
+    """Of any process: each writes its own lines."""
+    return prometheus.Counter(
+        "proxy_usage_log_lines_lost", "Log lines that standard output did not take.", registry=registry
+    )
+
+
 class SupervisorMetrics:
     """What the supervisor of several workers says itself; a single process says whether it is ready."""
 
@@ -171,6 +178,7 @@ class Metrics:
         self.reload_refused = gauge(
             "config_reload_refused", "1 while the configuration file holds what was not taken over."
         )
+        self.log_lost = log_lines_lost(self.registry)
         self.ready = SupervisorMetrics(self.registry).ready
         self.stage_beat = gauge("stage_beat_seconds", "Time since a stage last showed life.", "stage")
         self.info = gauge("build_info", "Version and the fold that runs.", "version", "fold")

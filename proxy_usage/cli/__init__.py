@@ -35,8 +35,8 @@ from proxy_usage.cli.validate import validate
 from proxy_usage.cli.version import version
 from proxy_usage.errors import ProxyUsageError
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-"""What writing to standard output fails with, where it is a file."""
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""What writing to standard output fails with, where it is a file, or was closed."""
 
 app = typer.Typer(
     name="proxy-usage",

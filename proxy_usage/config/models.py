@@ -276,7 +276,7 @@ class AuditConfig(Section):
 
 
 class LogConfig(Section):
-    """Log lines go to standard output."""
+    """Log lines go to standard output. Those that it does not take at once are dropped and counted."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """What is below it is not written."""

@@ -22,6 +22,7 @@ from proxy_usage.errors import ConfigError, StageDied
 from proxy_usage.metrics import Metrics
 from proxy_usage.service.build import clock_ms
 from proxy_usage.service.couriers import build_policy, build_sender
+from proxy_usage.service.logs import lost_lines
 from proxy_usage.service.serving import live
 from proxy_usage.web import Health, Web
 
@@ -193,6 +194,7 @@ class Forwarder:
         """Gauges that are read off the parts when somebody asks."""
         now_ms, metrics, name = clock_ms(), self._metrics, self._output.name
         metrics.ready.set(not self.health().reasons)
+        metrics.log_lost.inc(lost_lines())
         metrics.forward_held.set(len(self._taking.held))
         metrics.pending.labels(output=name).set(self._taking.pending)
         oldest_ms = self._taking.oldest_ms()

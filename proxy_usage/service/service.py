@@ -36,7 +36,7 @@ from proxy_usage.service.checking import check_beside
 from proxy_usage.service.collector import collect_seldom, settle
 from proxy_usage.service.couriers import build_couriers
 from proxy_usage.service.health import health_of
-from proxy_usage.service.logs import configure_log
+from proxy_usage.service.logs import configure_log, lost_lines
 from proxy_usage.service.looking import Lookout, Parts, build_web
 from proxy_usage.service.reaching import Reach
 from proxy_usage.service.reloading import prepare
@@ -375,6 +375,7 @@ class Service:
         now_ms = clock_ms()
         metrics = self._metrics
         metrics.ready.set(not self.health().reasons)
+        metrics.log_lost.inc(lost_lines())
         metrics.windows_open.set(len(self._pipeline.windows))
         metrics.tenants.set(self._pipeline.windows.tenants)
         metrics.checkpoint_age.set((now_ms - self._turns.durable_ms) / 1_000)

@@ -42,13 +42,13 @@ from proxy_usage.config.workers import worker_path
 from proxy_usage.control import ControlServer, supervisor_socket
 from proxy_usage.delivery.transport import TokenFile
 from proxy_usage.errors import ProxyUsageError
-from proxy_usage.metrics import SupervisorMetrics
+from proxy_usage.metrics import SupervisorMetrics, log_lines_lost
 from proxy_usage.page.document import document
 from proxy_usage.places import place
 from proxy_usage.receiver import reserve
 from proxy_usage.service.build import clock_ms
 from proxy_usage.service.children import Child, describe
-from proxy_usage.service.logs import configure_log
+from proxy_usage.service.logs import configure_log, lost_lines
 from proxy_usage.service.merging import Merged
 from proxy_usage.service.overlooking import Overlook
 from proxy_usage.service.reaching import Reach
@@ -58,6 +58,8 @@ from proxy_usage.web import Health, Web
 log = structlog.get_logger()
 
 LOOK_S = 1.0
+SUPERVISOR = -1
+"""Its number among those whose counts are added."""
 
 
 async def supervise(path: Path, env: Mapping[str, str], config: Config, *, restored: bool = False) -> int:
@@ -84,6 +86,8 @@ class Supervisor:
         self._path, self._env, self._config, self._grpc = path, env, config, grpc
         self._stop = asyncio.Event()
         self._merged = Merged(self._own)
+        self._counters = prometheus.CollectorRegistry()  # of what the workers count too
+        self._log_lost = log_lines_lost(self._counters)
         self._children = [
             Child(
                 Part(number, config.workers, grpc),
@@ -223,6 +227,8 @@ class Supervisor:
         for child, text in zip(self._children, texts, strict=True):
             if text is not None:
                 self._merged.took(child.part.number, text)
+        self._log_lost.inc(lost_lines())
+        self._merged.took(SUPERVISOR, prometheus.generate_latest(self._counters).decode())
 
     async def _intake(self) -> object:
         """What each worker received. None when one does not answer: without it, its rows would look lost."""

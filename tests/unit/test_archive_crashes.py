@@ -193,7 +193,7 @@ from proxy_usage.config.outputs import FileConfig
 from proxy_usage.delivery.archive import Archive
 from proxy_usage.store import Queued
 
-structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # as the program has it
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # standard output is the test's
 one, number = Archive(FileConfig(path=Path(sys.argv[1]), rotate_bytes=200_000)), int(sys.argv[2])
 while True:
     batch = []

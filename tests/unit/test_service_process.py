@@ -51,3 +51,19 @@ def test_threads_take_memory_from_one_heap() -> None:
 def test_the_sink_runs_in_a_compiled_event_loop() -> None:
     ran = subprocess.run([sys.executable, "-c", LOOP], check=False, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (3, "uvloop\n"), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("closed", "answer"),
+    [
+        ("<&-", (0, "")),
+        (">&-", (1, "error: cannot write the answer: Bad file descriptor\n")),
+        ("2>&-", (0, "")),
+        ("<&- >&- 2>&-", (1, "")),
+    ],
+)
+def test_no_file_gets_the_number_of_a_closed_standard_stream(closed: str, answer: tuple[int, str]) -> None:
+    """A store with the number 1 would get what somebody prints."""
+    command = ["sh", "-c", f'"$0" -m proxy_usage version {closed}', sys.executable]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == answer
