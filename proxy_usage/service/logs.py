@@ -73,10 +73,10 @@ class Lines:
 
 
 def _takes(fd: int) -> bool:
-    """Whether a write would not wait."""
+    """Whether a write would not wait; one that must fail does not."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+    return bool(poll.poll(0))
 
 
 class _Short:
