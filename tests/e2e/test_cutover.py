@@ -30,7 +30,7 @@ from proxy_usage.demo.http1 import Http1Client
 from proxy_usage.events import rfc3339
 from proxy_usage.store.views import OutputStatus
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # the first of them makes the whole run
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text()
 REQUESTS, INGRESS, EGRESS, SECONDS = METERS
