@@ -46,8 +46,8 @@ def logger(path: Path) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[Line]:
-    """What the log holds."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What the log holds; a line whose end is not written yet is none."""
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def end_ms(line: Line) -> int:

@@ -79,7 +79,11 @@ class SamplesPeer:
     """The receiver. ``port`` 0 takes a free one; ``start`` and ``stop`` keep it."""
 
     def __init__(
-        self, *, tls: ssl.SSLContext | None = None, answer: Callable[[Post], web.Response] | None = None
+        self,
+        *,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        answer: Callable[[Post], web.Response] | None = None,
     ) -> None:
         self.posts: list[Post] = []
         self.volumes: dict[str, int] = {}
@@ -87,7 +91,7 @@ class SamplesPeer:
         self.answer = answer or (lambda post: web.Response(text="thanks"))
         self._tls = tls
         self._listener: Listener | None = None
-        self._port = 0
+        self._port = port
 
     @property
     def url(self) -> str:

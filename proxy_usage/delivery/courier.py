@@ -224,7 +224,7 @@ class Courier:
                 self._backlog.pause,
                 self.settings.output,
                 self.policy.paused,
-                self.policy.detail,
+                self.policy.paused_by,
                 self._clock_ms(),
             )
         self._report(batch, step)

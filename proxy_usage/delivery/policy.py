@@ -92,7 +92,10 @@ class Policy:
         self.outcome = ""
         """Why the last attempt was not accepted; empty when it was."""
         self.paused: str | None = None
+        self.paused_by = ""
+        """The answer that says why."""
         self.detail = ""
+        """The answer of the last attempt that was not accepted, which may be another's."""
         self.apart: frozenset[str] = frozenset()
         self.accepted = 0
         """Events accepted so far; an event refused twice with this unchanged proves nothing about it."""
@@ -230,7 +233,7 @@ class Policy:
         self.outcome = reason
         self.detail = answer
         if pause:
-            self.paused = reason
+            self.paused, self.paused_by = reason, answer
         ceiling = min(self._settings.max_ms, self._settings.initial_ms << min(self.failures - 1, 20))
         wait_ms = max(min(after_ms, self.longest_wait_ms), self._below(ceiling + 1))
         self._waits = (now_ms, wait_ms)
@@ -241,7 +244,7 @@ class Policy:
         self.outcome = ""
         self._ambiguous = 0
         self._waits = (0, 0)
-        self.paused = None
+        self.paused, self.paused_by = None, ""
         self.detail = ""
 
 

@@ -81,6 +81,17 @@ class Account:
         open_ends = self._of("unknown", "under_way")
         return self.written == self.clients and open_ends == 0 and bool(self.envoy)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is decided, and none of the rows waits in Envoy or came after the audit's last look.
+
+        Envoy has written what it still keeps, for a sink that is away: nothing moves then either.
+        """
+        rows = sum(sum(reasons.values()) for reasons in self.fates.values())
+        of_requests = rows - self.fates.get("skipped", {}).get("listener", 0)
+        seen = rows == self._of("received") - self._of("crash_lost")
+        return self.decided and seen and of_requests + self.lost_requests >= self.clients
+
     def differences(self) -> list[str]:
         """Where the chain does not close, a sentence each."""
         wrong = []

@@ -30,9 +30,14 @@ class Acts:
     coming: Sequence[Act] = ()
     _next: int = field(default=0, init=False)
 
+    @property
+    def over(self) -> bool:
+        """Whether all of them have begun."""
+        return self._next == len(self.coming)
+
     def due(self, elapsed_ms: int) -> Act | None:
         """The next act, once it is its turn; one at a time."""
-        if self._next == len(self.coming):
+        if self.over:
             return None
         act = self.coming[self._next]
         if elapsed_ms * 1_000 < act.at_per_mille * self.duration_ms:

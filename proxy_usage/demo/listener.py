@@ -51,14 +51,18 @@ class Listener:
             self._runner = None
 
 
+MARKS = 64
 _leased: deque[int] = deque(maxlen=200)
 """Ports that this process gave away lately."""
+_marks: deque[socket.socket] = deque()
+"""A UDP socket at the same number for each of the last of them, by which other processes see it."""
 
 
 def lease_port(preferred: int = 0, host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago, for a child process that must be told one: ``preferred`` if free.
 
-    None that was given lately is given again: who got it may not have bound it yet.
+    None that was given lately is given again, here or by another process: who got it may not have bound it
+    yet.
 
     Raises ListenError when none is. Searched below the ephemeral range, so that no outgoing connection
     takes it before the child binds it.
@@ -74,9 +78,24 @@ def lease_port(preferred: int = 0, host: str = "127.0.0.1") -> int:
                 probe.bind((host, port))
             except OSError:
                 continue
-        _leased.append(port)
-        return port
+        if port in _leased or _mark(host, port):
+            _leased.append(port)
+            return port
     raise ListenError("no free port found", hint="end programs that listen on ports 20000-31999")
+
+
+def _mark(host: str, port: int) -> bool:
+    """Tells other processes that a port is given away. False: one of them has done so."""
+    mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        mark.bind((host, port))
+    except OSError:
+        mark.close()
+        return False
+    _marks.append(mark)
+    if len(_marks) > MARKS:
+        _marks.popleft().close()
+    return True
 
 
 def _next_offset() -> int:

@@ -46,8 +46,7 @@ ACTS_MS = 60_000
 
 @dataclass(frozen=True, slots=True)
 class StoryOptions:
-    """What the demo does. ``duration_ms`` None: until Ctrl-C; with ``acts`` for ``ACTS_MS``. ``once``: one
-    wave, then compare and end."""
+    """``duration_ms`` None: until Ctrl-C; with ``acts`` for ``ACTS_MS``. ``once``: one wave, then compare."""
 
     tenants: int = 3
     requests: int = 300
@@ -142,7 +141,8 @@ class Story:
                 if self.options.acts:
                     await self._audited(sink, options.node_id, bool)
                 await self._waves(billing, sink, envoy, log, named)
-                audited = await self._asked(billing, sink, log, options.node_id)
+                with Reader(directory / "usage.db") as store:
+                    audited = await self._asked(billing, sink, log, options.node_id, store)
                 self._say("traffic ended; draining Envoy, then the sink")
                 await envoy.drain()
                 await envoy.stop()
@@ -168,7 +168,8 @@ class Story:
         wave = 0
         while not self.stop.is_set():
             elapsed_ms = int((loop.time() - begun) * 1_000)
-            if duration_ms is not None and elapsed_ms >= duration_ms:
+            # Where waves take long, what was announced is still played to its end.
+            if duration_ms is not None and elapsed_ms >= duration_ms and acts.over:
                 return
             self._trouble(billing, wave)
             act = acts.due(elapsed_ms)
@@ -222,14 +223,18 @@ class Story:
         )
 
     async def _asked(
-        self, billing: BillingStandIn, sink: SinkProcess, log: AccessLog, node: str
+        self, billing: BillingStandIn, sink: SinkProcess, log: AccessLog, node: str, store: Reader
     ) -> Mapping[str, Any]:
         """With acts: what the audit says in the end, once it has nothing open."""
         if not self.options.acts:
             return {}
         billing.faults = Faults()
         log.follow()
-        return await self._audited(sink, node, lambda audited: self._account(billing, audited, {}).decided)
+
+        def whole(audited: Mapping[str, Any]) -> bool:
+            return self._account(billing, audited, store.status().rows).whole
+
+        return await self._audited(sink, node, whole)
 
     async def _audited(
         self, sink: SinkProcess, node: str, enough: Callable[[Mapping[str, Any]], bool]
@@ -311,11 +316,7 @@ class Story:
     # ── what is shown ──
 
     def _introduce(
-        self,
-        directory: Path,
-        billing: BillingStandIn,
-        sink: SinkProcess,
-        envoy: EnvoyProcess,
+        self, directory: Path, billing: BillingStandIn, sink: SinkProcess, envoy: EnvoyProcess
     ) -> None:
         self._say(f"Envoy            http://127.0.0.1:{envoy.port} (admin {envoy.admin_port})")
         self._say(f"  try            curl -H 'Host: {GUEST.host}' http://127.0.0.1:{envoy.port}/size/1000")

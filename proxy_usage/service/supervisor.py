@@ -223,10 +223,7 @@ class Supervisor:
         return document(await self._overlook.snapshot(), tenants=self._config.listen.http_tenants)
 
     async def _gather(self) -> None:
-        texts = await asyncio.gather(*(child.metrics() for child in self._children))
-        for child, text in zip(self._children, texts, strict=True):
-            if text is not None:
-                self._merged.took(child.part.number, text)
+        await take_metrics(self._children, self._merged)
         self._log_lost.inc(lost_lines())
         self._merged.took(SUPERVISOR, prometheus.generate_latest(self._counters).decode())
 
@@ -246,3 +243,17 @@ class Supervisor:
         for child in self._children:
             metrics.restarts.labels(worker=child.part.number).inc(child.restarts)
         return registry.collect()
+
+
+async def take_metrics(children: Iterable[Child], merged: Merged) -> None:
+    """Asks all workers for their /metrics, and takes each answer as it comes.
+
+    While others are waited for, a worker may die: an answer taken after that would be counted a second time.
+    """
+
+    async def take(child: Child) -> None:
+        text = await child.metrics()
+        if text is not None:
+            merged.took(child.part.number, text)
+
+    await asyncio.gather(*map(take, children))

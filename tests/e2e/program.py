@@ -199,6 +199,10 @@ class Sink:
         assert status == (503 if reasons else 200)
         return reasons
 
+    async def is_ready(self) -> bool:
+        """Whether /readyz says yes. What ended a trouble can be seen before: wait for this."""
+        return not await self.reasons()
+
     async def metrics(self) -> dict[str, int]:
         """/metrics as ``{'proxy_usage_entries_read_total': 7, 'name{label="x"}': 1}``; fractions are cut."""
         _, text = await self.get("/metrics")
@@ -244,6 +248,11 @@ class Sink:
         """Rows read as of the last checkpoint."""
         with self.reader() as reader:
             return sum(reader.status().intake.values())
+
+    def counted(self) -> int:
+        """Rows that were counted, as of the last checkpoint; rows of listeners are not among them."""
+        with self.reader() as reader:
+            return sum(reader.status().rows.get("counted", {}).values())
 
     def with_a_fate(self) -> int:
         """Rows that were counted, skipped or found invalid."""

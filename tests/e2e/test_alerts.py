@@ -122,16 +122,17 @@ class Prometheus:
         alerts = (await self._get("alerts"))["alerts"]
         return {one["labels"]["alertname"]: one["annotations"] for one in alerts if one["state"] == "firing"}
 
-    async def until(self, *names: str) -> None:
-        """Waits until exactly these alerts fire."""
-        seen: set[str] = set()
+    async def until(self, *names: str) -> dict[str, dict[str, str]]:
+        """Waits until exactly these alerts fire. Returns them: a scrape that fails ends them all."""
+        seen: dict[str, dict[str, str]] = {}
 
         async def same() -> bool:
             nonlocal seen
-            seen = set(await self.firing())
-            return seen == set(names)
+            seen = await self.firing()
+            return seen.keys() == set(names)
 
         await eventually(same, f"exactly {sorted(names)} fire", why=lambda: sorted(seen), poll_s=0.2)
+        return seen
 
 
 @asynccontextmanager
@@ -160,7 +161,11 @@ async def send(sink: Sink, *rows: Any) -> None:
 
 async def test_alerts_about_rows_fire_with_the_first_row(command: str, tmp_path: Path) -> None:
     async with scraped(command, tmp_path) as (_, sink, prometheus):
-        assert {rule["health"] for rule in await prometheus.rules()} == {"ok"}
+
+        async def all_work() -> bool:  # groups are evaluated one after the other
+            return {rule["health"] for rule in await prometheus.rules()} == {"ok"}
+
+        await eventually(all_work, "every rule can be evaluated", why=prometheus.said, poll_s=0.2)
         alerts = {rule["name"] for rule in await prometheus.rules() if rule["type"] == "alerting"}
         assert alerts == prometheus.alerts.keys()
         alpha = {"project_name": "alpha"}
@@ -171,14 +176,14 @@ async def test_alerts_about_rows_fire_with_the_first_row(command: str, tmp_path:
             http_row(tags=alpha, start_ns=now_ns(), wire=(1 << 60, 0)),
             http_row(tags=alpha, start_ns=now_ns() + 3_600_000_000_000),
         )
-        await prometheus.until(
+        fired = await prometheus.until(
             "ProxyUsageSingleSink",
             "ProxyUsageUnattributed",
             "ProxyUsageMisroutedRows",
             "ProxyUsageInvalidRows",
             "ProxyUsageClockSkew",
         )
-        told = (await prometheus.firing())["ProxyUsageUnattributed"]
+        told = fired["ProxyUsageUnattributed"]
         assert told["summary"] == f"127.0.0.1:{sink.http_port} holds usage that nobody pays (no_tenant)."
         assert told["runbook_url"] == "docs/runbook.md#proxyusageunattributed"
 
@@ -229,7 +234,11 @@ async def test_what_a_real_envoy_says_it_wrote_is_what_is_read(command: str, tmp
                 return values == [received, received] and received == world.sink.read()
 
             await eventually(agree, "both sides are recorded", why=prometheus.said, poll_s=0.3)
-            assert await prometheus.value(f"sum({DROPPED})") == 0
+
+            async def none_dropped() -> bool:  # for a moment after a scrape that failed there is no value
+                return await prometheus.value(f"sum({DROPPED})") == 0
+
+            await eventually(none_dropped, "Envoy dropped nothing", why=prometheus.said, poll_s=0.3)
             assert not {"ProxyUsageEntriesMissing", "ProxyUsageEnvoyDropsRows"} & set(
                 await prometheus.firing()
             )

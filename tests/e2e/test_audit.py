@@ -163,6 +163,13 @@ async def test_what_envoy_drops_and_how_it_ends(tmp_path: Path) -> None:
         world = audit.world
         await audit.begun()
         await world.sink.kill()
+
+        async def noticed() -> bool:
+            """Until its health check failed, Envoy hands rows to nobody instead of keeping them."""
+            stats = await world.envoy.stats(r"^cluster\.usage\.membership_healthy$")
+            return list(stats.values()) == [0]
+
+        await eventually(noticed, "Envoy knows that the sink is away")
         await world.send(400)
         await world.sink.start()
         node = await audit.agrees()

@@ -5,7 +5,7 @@ must be equal, and which may only never be above, depends on when a stream ended
 
     early    while all were up                                                        equal
     whole    while all were up, after restarts of every sink within its 20 s          equal
-    calm     within the first second, so that its one row goes to either short sink   equal
+    calm     at once: a row of less than SPLIT_MS goes to either short sink           equal
     after    while all were up, through an Envoy that counts from 1 again             equal
     cut      never: it was billed while it was open, then Envoy was stopped           equal, request estimated
     away     while the owner was away                                                 never above
@@ -18,13 +18,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from fleet import Bill, Driven, Fleet, end, remainders_ns, rows, unlike
+from fleet import FLUSH_MS, Bill, Driven, Fleet, end, remainders_ns, rows, unlike
 from program import Sink, eventually
 
 pytestmark = pytest.mark.e2e
 
 PHASES = ("whole", "early", "away", "calm", "busy-a", "busy-b", "cut", "after")
 HELD_MS = 20_000
+SPLIT_MS = FLUSH_MS * 9 // 10
+"""Rows of streams that lasted so long go to the owner."""
 
 
 async def test_every_stream_is_billed_to_the_byte_through_restarts(tmp_path: Path) -> None:
@@ -85,7 +87,10 @@ async def test_every_stream_is_billed_to_the_byte_through_restarts(tmp_path: Pat
         assert fleet.billing.arrived.violations == []
         assert [await sink.stop() for sink in fleet.sinks] == [0, 0, 0]
         assert unlike(fleet.sinks) == []
-        check_split(fleet, long=(*whole, *early, *away, *cut, *after), short=calm)
+        # As Envoy measured it: on a busy machine a stream that ends at once may last long enough.
+        slow = [driven for driven in calm if logged[driven.tenant] >= SPLIT_MS]
+        short = [driven for driven in calm if driven not in slow]
+        check_split(fleet, long=(*whole, *early, *away, *cut, *after, *slow), short=short)
 
 
 def check_split(fleet: Fleet, *, long: Iterable[Driven], short: Iterable[Driven]) -> None:

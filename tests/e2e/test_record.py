@@ -14,6 +14,7 @@ from program import Sink, eventually, intake_rows
 from wire import captured
 
 from proxy_usage.config.workers import worker_path
+from proxy_usage.control import call, socket_path
 
 pytestmark = pytest.mark.e2e
 
@@ -34,17 +35,23 @@ async def _send(sink: Sink, name: str) -> int:
 async def _recorded(sink: Sink, path: Path, *options: str, name: str) -> int:
     """Records while a capture is sent, until it is all in the file."""
     recording = asyncio.create_task(
-        sink.cli("record", str(path), "--seconds", "4", "--json", *options), name="record"
+        sink.cli("record", str(path), "--seconds", "600", "--json", *options), name="record"
     )
     while not path.exists():
         assert not recording.done(), (await recording).said
         await asyncio.sleep(0.05)
     sent = await _send(sink, name)
+    await _stop(sink.store)
     ended = await recording
     assert ended.status == 0, ended.said
     answer = json.loads(ended.said[ended.said.index("{") :])
-    assert (answer["messages"], answer["ended"]) == (sent, "time")
+    assert (answer["messages"], answer["ended"]) == (sent, "stopped")
     return sent
+
+
+async def _stop(store: Path) -> None:
+    """Ends the recording of the process with this store, as Ctrl-C does."""
+    await asyncio.to_thread(call, socket_path(store), "record.stop")
 
 
 async def _totals(sink: Sink, path: Path) -> Any:
@@ -76,6 +83,10 @@ async def test_a_recording_adds_up_to_what_was_sent(tmp_path: Path) -> None:
         assert b"/size/1000" in plain.read_bytes()
         assert b"/size/1000" not in hashed.read_bytes()
         assert b"127.0.0.1" not in hashed.read_bytes()
+
+        timed = await sink.cli("record", str(tmp_path / "timed.binpb"), "--seconds", "1", "--json")
+        answer = json.loads(timed.said[timed.said.index("{") :])
+        assert (timed.status, answer["messages"], answer["ended"]) == (0, 0, "time")
 
         again = await sink.cli("record", str(plain))
         assert again.status == 2
@@ -115,7 +126,7 @@ async def test_a_recording_is_of_all_workers(tmp_path: Path) -> None:
     async with Sink(tmp_path, url="http://127.0.0.1:1/", settings={"workers": 2}) as sink:
         path = tmp_path / "both.binpb"
         recording = asyncio.create_task(
-            sink.cli("record", str(path), "--seconds", "5", "--json"), name="record"
+            sink.cli("record", str(path), "--seconds", "600", "--json"), name="record"
         )
         parts = [tmp_path / f"both.worker-{worker}.binpb" for worker in range(2)]
         await eventually(lambda: all(part.exists() for part in parts), "all record", why=sink.said)
@@ -123,6 +134,7 @@ async def test_a_recording_is_of_all_workers(tmp_path: Path) -> None:
         while not all(sum(intake_rows(worker_path(sink.store, worker)).values()) for worker in range(2)):
             assert sent < 1_000, "some worker gets no connection"
             sent += await _send(sink, "h1_basic")
+        await _stop(worker_path(sink.store, 1))  # where one ends, all do
         ended = await recording
         assert ended.status == 0, ended.said
         assert json.loads(ended.said[ended.said.index("{") :])["messages"] == sent

@@ -70,9 +70,10 @@ class Running:
             lambda: len(self.sink.events("reloaded")) > before, "it is taken over", why=self.sink.said
         )
 
-    def fates(self) -> dict[str, dict[str, int]]:
+    def rows(self, fate: str, reason: str = "") -> int:
+        """Rows of a fate, as of the last checkpoint."""
         with self.sink.reader() as reader:
-            return {fate: dict(reasons) for fate, reasons in reader.status().rows.items()}
+            return reader.status().rows.get(fate, {}).get(reason, 0)
 
     async def held(self) -> list[dict[str, Any]]:
         said = (await self.sink.cli("unattributed", "ls", "--json")).said
@@ -110,11 +111,12 @@ async def test_rules_and_what_is_held(tmp_path: Path) -> None:
     async with running(tmp_path) as one:
         await one.send(rows("alpha"), other, rows(uuid), stray)
         await eventually(lambda: one.billed() == {"alpha"}, "alpha is billed", why=one.billed)
-        await eventually(lambda: one.fates()["skipped"].get("no_route") == 1, "the stray is skipped")
+        await eventually(lambda: one.rows("skipped", "no_route") == 1, "the stray is skipped")
         rules = [{"custom_tag": "other"}, {"custom_tag": "project_name"}]
         await one.change({"tenant": {"rules": rules, "allow_uuid": True, "no_route": "hold"}})
         await one.send(rows("alpha"), other, rows(uuid), stray)
         await eventually(lambda: one.billed() == {"alpha", "bravo", uuid}, "all are billed", why=one.billed)
+        await eventually(lambda: one.rows("counted") == 7, "all have their fate")
         reasons = [row["reason"] for row in await one.held()]
         assert sorted(reasons) == ["no_route", "no_tenant", "uuid_tenant"]
 
@@ -125,12 +127,12 @@ async def test_bounds(tmp_path: Path) -> None:
     async with running(tmp_path, {"tenant": bound}) as one:
         await one.send(rows("alpha"), rows("bravo"), rows("UPPER"), rows("LOWER"))
         await eventually(lambda: one.billed() == {"alpha"}, "alpha is billed", why=one.billed)
-        await eventually(lambda: one.fates()["counted"][""] == 4, "all have their fate")
+        await eventually(lambda: one.rows("counted") == 4, "all have their fate")
         before = len(await one.held())
         await one.change({"tenant": {"max_tenants": 9, "unattributed": {"max_identities": 99}}})
         await one.send(rows("bravo"), *(rows(f"BAD-{number}") for number in range(5)))
         await eventually(lambda: one.billed() == {"alpha", "bravo"}, "bravo is billed", why=one.billed)
-        await eventually(lambda: one.fates()["counted"][""] == 10, "all have their fate")
+        await eventually(lambda: one.rows("counted") == 10, "all have their fate")
         assert len(await one.held()) == before + 5
 
 
@@ -147,7 +149,7 @@ async def test_dimensions_and_skip(tmp_path: Path) -> None:
         )
         await one.send(rows("alpha"), rows("alpha", status=404))
         await eventually(lambda: regions(one) == {"old", "new"}, "the new default is said")
-        await eventually(lambda: one.fates()["skipped"].get("mine") == 1, "the new test skips")
+        await eventually(lambda: one.rows("skipped", "mine") == 1, "the new test skips")
 
 
 def regions(one: Running) -> set[str]:
@@ -294,8 +296,16 @@ async def test_the_log(tmp_path: Path) -> None:
         one.sink.send_signal(signal.SIGHUP)
         await eventually(lambda: "reloaded    " in one.sink.said(), "people can read it", why=one.sink.said)
         await one.change({"log": {"format": "json"}})
-        one.write({"log": {"level": "error"}})
+        # No line says any more that it was taken over: a key that takes effect with it does.
+        token = tmp_path / "token"
+        token.write_text("s3cret")
+        one.write({"log": {"level": "error"}, "listen": {"http_token_file": str(token)}})
         one.sink.send_signal(signal.SIGHUP)
+
+        async def taken_over() -> bool:
+            return (await one.sink.get("/metrics"))[0] == 401
+
+        await eventually(taken_over, "it is taken over", why=one.sink.said)
         await one.send(rows("alpha"))
         await eventually(lambda: one.billed() == {"alpha"}, "it is delivered", why=one.sink.said)
         assert one.sink.events("windows closed") == []

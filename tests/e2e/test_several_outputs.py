@@ -16,6 +16,7 @@ from ulid import ULID
 from wire import http_row, message
 
 from proxy_usage.demo.billing import BillingStandIn
+from proxy_usage.demo.listener import lease_port
 
 pytestmark = pytest.mark.e2e
 
@@ -50,7 +51,8 @@ async def test_each_event_reaches_each_receiver_once_though_one_is_down_and_the_
     tmp_path: Path,
 ) -> None:
     archive = tmp_path / "archive" / "usage.ndjson"
-    async with BillingStandIn() as billing, SamplesPeer() as telemetry:
+    # A port outside the range from which others' connections get theirs: it is free while nobody listens.
+    async with BillingStandIn() as billing, SamplesPeer(port=lease_port()) as telemetry:
         sink = with_outputs(
             Sink(tmp_path / "sink", url=billing.url),
             {"name": "telemetry", "format": "ceilometer", "url": telemetry.url},
@@ -140,10 +142,7 @@ async def test_an_archive_that_cannot_be_written_pauses_alone_and_goes_on_when_t
 
             await eventually(taken_away, "it goes on as files are taken away", why=sink.said)
 
-            async def ready() -> bool:
-                return await sink.reasons() == {}
-
-            await eventually(ready, "it is ready again", why=sink.said)
+            await eventually(sink.is_ready, "it is ready again", why=sink.said)
         files = [*tmp_path.glob("*.ndjson"), *place.glob("*.ndjson")]
         ids = [json.loads(line)["id"] for path in files for line in path.read_bytes().splitlines()]
         assert sorted(ids) == sorted(billing.arrived.stored)

@@ -11,7 +11,6 @@ import random
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,11 +96,10 @@ async def test_sigterm_under_load_loses_nothing_that_was_read(tmp_path: Path) ->
 
 
 class Look(NamedTuple):
-    """Rows read and rows saved, at a moment of the event loop's clock."""
+    """Rows saved, and then rows read."""
 
-    at: float
-    read: int
     saved: int
+    read: int
 
 
 @asynccontextmanager
@@ -113,7 +111,7 @@ async def watched(sink: Sink) -> AsyncIterator[list[Look]]:
         with sink.reader() as reader:
             while True:
                 durable = sum(reader.status().intake.values())
-                looks.append(Look(asyncio.get_running_loop().time(), sink.read(), durable))
+                looks.append(Look(durable, sink.read()))
                 await asyncio.sleep(0.01)
 
     task = asyncio.create_task(watch())
@@ -125,15 +123,14 @@ async def watched(sink: Sink) -> AsyncIterator[list[Look]]:
         assert task.cancelled(), task.exception()
 
 
-def intervals(looks: list[Look]) -> list[float]:
-    """Seconds from one checkpoint to the next, as far as looks can tell."""
-    made = [now.at for before, now in pairwise(looks) if now.saved > before.saved]
-    return [later - first for first, later in pairwise(made)]
+def read_before_the_last(looks: list[Look], saved: int) -> int:
+    """Rows that were read before the last checkpoint began, at the least. It is the one that has ``saved``.
 
-
-def read_at(looks: list[Look], at: float) -> int:
-    """Rows read at a moment at the most a look before it."""
-    return max((look.read for look in looks if look.at <= at), default=0)
+    It began when the one before it was made. That was between two looks, the second of which saw it, so
+    that what the look before both found read had been read.
+    """
+    former = [at for at, look in enumerate(looks) if at and looks[at - 1].saved < look.saved < saved]
+    return looks[former[-1] - 2].read if former and former[-1] >= 2 else 0
 
 
 async def test_kill_under_load_loses_what_it_reports_and_no_more(tmp_path: Path) -> None:
@@ -141,7 +138,6 @@ async def test_kill_under_load_loses_what_it_reports_and_no_more(tmp_path: Path)
     async with World(tmp_path, record=True) as world:
         sink = world.sink
         losses: list[int] = []
-        made_in: list[float] = []
         async with world.load():
             for _ in range(KILLS):
                 reported = sink.lost()
@@ -153,10 +149,9 @@ async def test_kill_under_load_loses_what_it_reports_and_no_more(tmp_path: Path)
                     await read_past(sink, sink.read() + dice.randrange(300), unsaved=True)
                     await sink.kill()
                 gone = sink.read() - sink.saved()
-                # A checkpoint saves what was read when it began; one more may have begun and not ended. This
-                # machine made one in so long at the most, and may have been slower just now.
-                made_in += intervals(looks)
-                assert gone <= sink.read() - read_at(looks, looks[-1].at - 3 * max(made_in)), looks
+                # A checkpoint saves all that was read when it began, however long this machine takes for it.
+                before = read_before_the_last(looks, sink.saved())
+                assert 0 < before <= sink.saved(), looks
                 await sink.start()
                 assert sink.lost() - reported == gone
                 losses.append(gone)

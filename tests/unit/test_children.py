@@ -17,6 +17,8 @@ import pytest
 
 from proxy_usage.control import socket_path
 from proxy_usage.service.children import Child, Patience
+from proxy_usage.service.merging import Merged
+from proxy_usage.service.supervisor import take_metrics
 from proxy_usage.service.worker import Part
 
 STAND_IN = """
@@ -43,10 +45,18 @@ async def snapshot(arguments):
         await asyncio.sleep(3600)
     return json.loads((place / "said").read_text())
 
+async def metrics(arguments):
+    while (place / "mode").read_text() == "wait":
+        await asyncio.sleep(0.01)
+    (place / "told").touch()
+    return (place / "figures").read_text()
+
+VERBS = {"health": health, "page.snapshot": snapshot, "metrics": metrics}
+
 async def main():
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    server = ControlServer(socket_path(place / "usage.db"), {"health": health, "page.snapshot": snapshot})
+    server = ControlServer(socket_path(place / "usage.db"), VERBS)
     await server.start()
     await stop.wait()
     await server.close()
@@ -212,3 +222,33 @@ async def test_a_stop_while_it_waits_for_its_next_start_ends_the_wait(tmp_path: 
         async with asyncio.timeout(60):
             assert await task == 0
         assert len(kept.starts()) == 1
+
+
+async def test_a_worker_that_dies_while_another_is_waited_for_is_counted_once(tmp_path: Path) -> None:
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "figures").write_text("# TYPE rows_total counter\nrows_total 5\n")
+    first = Kept(tmp_path / "first", "serve", Patience(answer=60), number=1)
+    other = Kept(tmp_path / "other", "serve", Patience(answer=60), number=2)
+    merged = Merged(lambda: ())
+
+    def rows() -> float:
+        return sum(sample.value for metric in merged.collect() for sample in metric.samples)
+
+    async with keeping(first), keeping(other):
+        for kept in (first, other):
+            await kept.until(kept.child.serving.is_set)
+        await take_metrics((first.child, other.child), merged)
+        assert rows() == 10
+
+        other.tell("wait")
+        (first.place / "told").unlink()
+        (first.place / "figures").write_text("# TYPE rows_total counter\nrows_total 7\n")
+        asked = asyncio.create_task(take_metrics((first.child, other.child), merged))
+        await first.until((first.place / "told").exists)
+        first.child.signal(signal.SIGKILL)
+        await other.until(lambda: first.ended == [1])
+        merged.died(1)
+        other.tell("serve")
+        await asked
+        assert rows() in (10, 12)  # whether the last it said was heard or not
