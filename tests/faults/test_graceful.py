@@ -25,7 +25,7 @@ PHASES = 8
 FLUSH_MS = 1_000
 LOCAL = "127.0.0.1"
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120 + 15 * STOPS)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120 + 30 * STOPS)]
 
 
 class Load:
