@@ -10,7 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # What the end-to-end tests are made of serves the fault tests, too.
 sys.path.insert(0, str(Path(__file__).parent / "e2e"))
@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent / "e2e"))
 # Debian 12 has kubectl 1.20, whose kustomize does not know components: the one thing CI may lack.
 ALLOWED_SKIP = "kubectl older than 1.21"
 
-# No deadline: what a shared machine takes for one example says nothing about the code. Where CI is set,
-# hypothesis' own profile makes the search repeatable, so that a change is judged by what it changed.
-settings.register_profile("everyday", deadline=None)
-settings.register_profile("thorough", deadline=None, max_examples=5000)
+# No deadline, and none for making examples: what a shared machine takes for one says nothing about the code.
+# Where CI is set, hypothesis' own profile, which has neither, makes the search repeatable, so that a change
+# is judged by what it changed.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("everyday", unhurried)
+settings.register_profile("thorough", unhurried, max_examples=5000)
 settings.load_profile("ci" if os.environ.get("CI") else "everyday")
 
 

@@ -14,6 +14,7 @@ from proxy_usage.store.thread import StoreThread
 log = structlog.get_logger()
 
 RETRY_S = 60.0
+STOP_S = 0.01
 
 
 async def check_beside(database: Database) -> None:
@@ -37,8 +38,14 @@ async def check_beside(database: Database) -> None:
 
 async def _checked(database: Database, reading: StoreThread) -> None:
     while True:
+        check = asyncio.create_task(reading.run(database.check_beside))
         try:
-            return await reading.run(database.check_beside)
+            return await asyncio.shield(check)
+        except asyncio.CancelledError:
+            while not check.done():  # or a stop would wait until all is read
+                database.stop_checking()
+                await asyncio.wait([check], timeout=STOP_S)
+            raise
         except StoreError as error:
             if not error.retriable:
                 raise

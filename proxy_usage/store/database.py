@@ -85,6 +85,7 @@ class Database:
         self._file: Place | None = None  # what is open
         self._doubt = Doubt(self.path, at_once_bytes)
         self._beside: sqlite3.Connection | None = None
+        self._checks = True  # False once nothing is to be read beside any more
         try:
             if aside_ms is None:
                 self.db = self._connect()
@@ -134,6 +135,9 @@ class Database:
         self._look()
         self._beside = connect_readonly(self.path)
         try:
+            with translated(self.path):
+                if not self._checks:  # SQLite forgets an interruption of a connection that does nothing yet
+                    raise sqlite3.OperationalError("interrupted")
             aside.check(self._beside, self.path)
         finally:
             self._beside.close()
@@ -141,7 +145,11 @@ class Database:
         self._doubt.settle()
 
     def stop_checking(self) -> None:
-        """Cuts ``check_beside`` short, from another thread; what was not read stays doubted."""
+        """Cuts ``check_beside`` short, from another thread; what was not read stays doubted.
+
+        None begins any more. One that is just beginning may have to be stopped once more.
+        """
+        self._checks = False
         if self._beside is not None:
             with suppress(sqlite3.ProgrammingError):  # it is closed
                 self._beside.interrupt()

@@ -16,6 +16,7 @@ from wire import http_row, message
 
 from proxy_usage.admission import Admission, SanPattern
 from proxy_usage.receiver import ReceiverLimits, TlsFiles
+from proxy_usage.receiver.arrivals import Connection
 from proxy_usage.receiver.credentials import Credentials
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
@@ -237,7 +238,7 @@ async def test_whom_new_rules_still_allow_is_left_alone(site: Site) -> None:
 async def test_a_connection_past_its_age_is_renewed_and_its_streams_end_well(site: Site) -> None:
     async with Listening(tls=site.tls, limits=ReceiverLimits(connection_age_ms=1_000)) as port:
         sent = crossed = ends = 0
-        handshakes: set[str] = set()
+        handshakes: set[Connection] = set()
         async with site.client(port.port, site.envoy) as client, soon():
             while len(handshakes) < 3 or not ends:
                 stream = client.stream()
@@ -245,11 +246,12 @@ async def test_a_connection_past_its_age_is_renewed_and_its_streams_end_well(sit
                     while not stream.done():
                         await stream.write(ROWS)
                         sent += 1
-                        handshakes |= {f"{c.host}:{c.port}" for c in port.receiver._since_ms}
                         # One at a time, as Envoy flushes: on a busy machine several would cross the end.
                         while port.read + crossed < sent and not stream.done():
+                            handshakes |= set(port.receiver._since_ms)
                             await asyncio.sleep(0.01)
                         crossed = sent - port.read
+                        handshakes |= set(port.receiver._since_ms)
                         await asyncio.sleep(0.01)
                 except (asyncio.InvalidStateError, grpc.aio.UsageError):
                     pass  # its end was noticed by the write

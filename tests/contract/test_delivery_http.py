@@ -30,6 +30,7 @@ from proxy_usage.delivery.trust import Trust
 from proxy_usage.demo.arrived import Arrived
 from proxy_usage.demo.billing import BillingStandIn
 from proxy_usage.demo.faults import Fault, Faults
+from proxy_usage.demo.listener import lease_port
 from proxy_usage.errors import ConfigError
 from proxy_usage.metrics import Metrics
 from proxy_usage.outputs.billing import Billing
@@ -381,8 +382,7 @@ async def test_a_disk_that_fails_while_an_answer_is_read_does_not_lose_the_answe
 
 
 async def test_an_endpoint_that_is_not_there_yet_is_tried_until_it_is(tmp_path: Path) -> None:
-    async with stand_in() as first:
-        port = first.port
+    port = lease_port()  # not of those that the kernel gives to whoever connects meanwhile
     async with delivering(tmp_path, f"http://127.0.0.1:{port}/v1/usage/events:batchIngest") as delivery:
         await delivery.add("alpha")
         await delivery.until(lambda: delivery.outcomes().get("connect", 0) >= 3)

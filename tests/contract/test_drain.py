@@ -10,6 +10,7 @@ from listening import Client, Listening, soon
 from wire import http_row, message
 
 from proxy_usage.receiver.receiver import NOTICE_MS
+from proxy_usage.receiver.stream import QUIET_MS
 
 START_MS = 1_795_300_000_000
 
@@ -73,7 +74,7 @@ async def test_a_quiet_stream_goes_on_until_its_sender_knows() -> None:
         clock.ms += NOTICE_MS - 100
         await asyncio.sleep(0.2)
         assert not stream.done()
-        clock.ms += 200
+        clock.ms += 100 + QUIET_MS
         async with soon():
             assert await stream == b""
             await draining

@@ -201,13 +201,14 @@ async def test_held_for_longer_than_ack_wait_is_still_its_own(around: Around, tm
     """While the endpoint is away an event stays with its forwarder: the server hands it to nobody else."""
     around.billing.faults = Faults(always=Fault.UNAVAILABLE)
     await around.publish(made(tmp_path / "edge", *["shop"] * 5))
-    async with around.forwarding(ack_wait="3s") as first, around.forwarding(ack_wait="3s") as second:
+    async with around.forwarding(ack_wait="5s") as first, around.forwarding(ack_wait="5s") as second:
         at_ms = clock_ms()
-        await eventually(lambda: clock_ms() - at_ms > 7_000, "ack_wait has passed twice")
+        await eventually(lambda: clock_ms() - at_ms > 11_000, "ack_wait has passed twice")
         around.billing.faults = Faults()
         await eventually(around.empty, "all are acknowledged")
-        assert counts(first)["read"] + counts(second)["read"] == 5
-        assert counts(first)["delivered"] + counts(second)["delivered"] == 5
+        both = (first, second)  # a fate is counted after it is acknowledged
+        await eventually(lambda: sum(counts(one)["delivered"] for one in both) == 5, "each is delivered")
+        assert sum(counts(one)["read"] for one in both) == 5
 
 
 async def test_a_cut_wire_lets_go_of_what_another_one_delivers(around: Around, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ async def test_a_cut_wire_lets_go_of_what_another_one_delivers(around: Around, t
         around.billing.faults = Faults()
         async with around.forwarding(ack_wait="1s") as other:
             await eventually(around.empty, "all are acknowledged")
-            assert counts(other)["delivered"] > 0
+            await eventually(lambda: counts(other)["delivered"] > 0, "some of them by the other one")
         await wire.heal()
         await eventually(lambda: not cut_off._taking.held, "what it had sent is acknowledged")
     assert set(around.billing.stored) == {id_ for id_, _ in events}

@@ -215,7 +215,8 @@ class Sink:
 
     def events(self, text: str) -> list[dict[str, Any]]:
         """Log lines of one kind, over all of its starts."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        # Without a last line of which the file system shows only a part yet.
+        lines = self.log.read_text(errors="replace").rpartition("\n")[0].splitlines()
         parsed = (json.loads(line) for line in lines if line.startswith("{"))
         return [line for line in parsed if line["event"] == text]
 

@@ -2,9 +2,10 @@
 
 At the N-th passing of POINT the process sends itself SIGKILL: nothing is flushed, no handler runs, as when
 the kernel or an operator kills it. The program is the shipped one; only at the named point is something put
-in its way. TRACE is a file that gets a line for each part of a message that was read (``read ROWS``) and for
-each turn that was begun and made durable (``begin``, ``saved``), so that the test knows what had to be
-durable when the process died.
+in its way. TRACE is a file that gets a line before and after a part of a message is counted as read (``taking
+ROWS``, ``read ROWS``), one for each turn that was begun (``begin``), and one before and after it is made
+durable (``committing``, ``saved``), so that the test knows what had to be durable when the process died. One
+thread may come to the point while another is between two such lines: then either is right.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ Trace = Callable[[str], None]
 def watch_turns(crash: Crash, trace: Trace) -> None:
     """Traces what is read and saved; the points of folding and of checkpoints."""
     take, begin, commit = Pipeline.take, Pipeline.beginning, Checkpoints.commit
+    count = Service._take
+
+    def traced_count(self: Service, port: Any, origin: Any, part: Any, now_ms: int) -> None:
+        trace(f"taking {len(part.entries)}")
+        count(self, port, origin, part, now_ms)
 
     def traced_take(self: Pipeline, port: Any, origin: Any, part: Any, now_ms: int) -> None:
         trace(f"read {len(part.entries)}")
@@ -89,8 +95,10 @@ def watch_turns(crash: Crash, trace: Trace) -> None:
             seen += 1
             if seen == 3:
                 crash.at("mid_checkpoint")
-            if closing and text == "COMMIT":
-                crash.at("before_closing_commit")
+            if text == "COMMIT":
+                if closing:
+                    crash.at("before_closing_commit")
+                trace("committing")
 
         database = self._database.db
         database.set_trace_callback(statement)
@@ -103,6 +111,7 @@ def watch_turns(crash: Crash, trace: Trace) -> None:
             crash.at("after_closing_commit")
         return events
 
+    Service._take = traced_count  # type: ignore[method-assign]
     Pipeline.take = traced_take  # type: ignore[method-assign]
     Pipeline.beginning = traced_begin  # type: ignore[method-assign]
     Checkpoints.commit = traced_commit  # type: ignore[method-assign]

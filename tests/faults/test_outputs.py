@@ -96,6 +96,9 @@ async def test_one_output_is_down_while_the_other_delivers_and_each_event_reache
         minted = sink.store.add(*(f"t{n % 7}" for n in range(EVENTS)), now_ms=clock_ms())
         async with running(sink):
             await sink.until("south", delivered=EVENTS)
+            async with asyncio.timeout(PATIENCE_S):  # its first answer may come after all of the other's
+                while sink.couriers["north"].policy.paused is None:
+                    await asyncio.sleep(0.005)
             assert await sink.fates("north") == {"pending": EVENTS}
             assert sink.couriers["north"].policy.paused == "unauthorized"
             assert sink.couriers["south"].policy.paused is None

@@ -1,6 +1,8 @@
 """Calls a verb as a person does and keeps what it says."""
 
 import json
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,8 @@ import pytest
 import yaml
 
 from proxy_usage.cli import main
+from proxy_usage.control import NotRunning, socket_path
+from proxy_usage.control import call as control
 
 
 class Said(NamedTuple):
@@ -62,3 +66,17 @@ def said(arguments: Sequence[str], capture: pytest.CaptureFixture[str]) -> Said:
     out, err = capture.readouterr()
     assert "Traceback" not in err
     return Said(code, out, err)
+
+
+def until_it_serves(process: "subprocess.Popen[bytes]", store: Path, log: Path) -> None:
+    """Waits until a service has opened all its ports: its control socket answers before."""
+    while True:
+        try:
+            health = control(socket_path(store), "health")
+        except NotRunning:
+            assert process.poll() is None, log.read_text()
+        else:
+            assert isinstance(health, dict)
+            if "starting" not in health["reasons"]:
+                return
+        time.sleep(0.05)

@@ -5,18 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_call import Caller
+from cli_call import Caller, until_it_serves
 from made_store import MadeStore
 
 from proxy_usage.__main__ import plain_run
 from proxy_usage.config.workers import worker_path
-from proxy_usage.control import NotRunning, socket_path
-from proxy_usage.control import call as control
+from proxy_usage.control import socket_path
 from proxy_usage.store import Fate
 
 
@@ -43,13 +41,7 @@ def service(call: Caller, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]
             stderr=log,
         )
     try:
-        for _ in range(600):
-            try:
-                control(socket_path(call.store), "status")
-                break
-            except NotRunning:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.05)
+        until_it_serves(process, call.store, tmp_path / "log")
         yield process
     finally:
         process.kill()

@@ -12,19 +12,17 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_call import Caller
+from cli_call import Caller, until_it_serves
 from made_store import MadeStore
 from test_page_document import CASES, NAMING, WELL, monstrous
 
 from proxy_usage.cli.watch import ENTER, LEAVE, line, screen, spark
-from proxy_usage.control import ControlServer, NotRunning, socket_path, supervisor_socket
-from proxy_usage.control import call as control
+from proxy_usage.control import ControlServer, socket_path, supervisor_socket
 from proxy_usage.page.document import document
 from proxy_usage.page.ring import History
 
@@ -86,13 +84,7 @@ def service(call: Caller, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(program("run", call), stdout=log, stderr=log)
     try:
-        for _ in range(1_200):
-            try:
-                control(socket_path(call.store), "page")
-                break
-            except NotRunning:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.05)
+        until_it_serves(process, call.store, tmp_path / "log")
         yield process
     finally:
         process.kill()

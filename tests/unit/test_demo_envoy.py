@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -37,10 +38,14 @@ async def envoy(tmp_path: Path) -> AsyncIterator[EnvoyProcess]:
             yield process
 
 
-async def logged(envoy: EnvoyProcess, tmp_path: Path) -> list[dict[str, Any]]:
-    """Envoy's own rows of all requests so far."""
+async def logged(envoy: EnvoyProcess, tmp_path: Path, requests: int) -> list[dict[str, Any]]:
+    """Envoy's own rows, once it has written those of so many requests, or more."""
     await envoy.drain()
-    return [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]
+    log = tmp_path / "access.jsonl"
+    async with asyncio.timeout(60):
+        while log.read_bytes().count(b"\n") < requests:
+            await asyncio.sleep(0.05)
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 async def socket_bytes(envoy: EnvoyProcess) -> tuple[int, int]:
@@ -77,9 +82,9 @@ async def test_http1_counts_equal_envoys_socket(envoy: EnvoyProcess, tmp_path: P
         assert client.connections == 1
         assert sum(exchange.wire_in for exchange in exchanges) == client.written
         assert sum(exchange.wire_out for exchange in exchanges) == client.read
-    assert await socket_bytes(envoy) == (client.written, client.read)
-    rows = await logged(envoy, tmp_path)
+    rows = await logged(envoy, tmp_path, len(exchanges))
     assert [as_exchange(row) for row in rows] == exchanges
+    assert await socket_bytes(envoy) == (client.written, client.read)
 
 
 async def test_a_connection_that_envoy_closes_is_opened_again(envoy: EnvoyProcess, tmp_path: Path) -> None:
@@ -88,6 +93,7 @@ async def test_a_connection_that_envoy_closes_is_opened_again(envoy: EnvoyProces
             closing = await client.request("GET", HOST, "/size/10", headers=[("connection", "close")])
             assert closing.status == 200
         assert client.connections == 2
+    await envoy.drain()
     assert await socket_bytes(envoy) == (client.written, client.read)
 
 
@@ -105,7 +111,7 @@ async def test_http2_counts_the_frames_of_each_stream(envoy: EnvoyProcess, tmp_p
     assert [exchange.status for exchange in exchanges] == [200, 200, 200, 204, 503, 200]
     assert [exchange.body_out for exchange in exchanges] == [200_000, 0, 300_000, 0, 19, 200_000]
     assert exchanges[-1].wire_in < exchanges[0].wire_in
-    rows = await logged(envoy, tmp_path)
+    rows = await logged(envoy, tmp_path, len(exchanges))
     assert [as_exchange(row) for row in rows] == exchanges
     # Every frame of the connection together is what the socket saw; the streams are less than that.
     received, sent = await socket_bytes(envoy)
@@ -122,7 +128,7 @@ async def test_http2_first_upload_of_a_connection(envoy: EnvoyProcess, tmp_path:
         async with Http2Client("127.0.0.1", envoy.port) as client:
             exchanges.append(await client.request("POST", HOST, path, body=payload(size)))
             exchanges.append(await client.request("POST", HOST, path, body=payload(size)))
-    rows = await logged(envoy, tmp_path)
+    rows = await logged(envoy, tmp_path, len(exchanges))
     assert [as_exchange(row) for row in rows] == exchanges
 
 
@@ -130,7 +136,7 @@ async def test_mixed_load_equals_envoys_log_per_tenant_and_route(envoy: EnvoyPro
     truth = await mixed("127.0.0.1", envoy.port, TENANTS, requests=600, seed=11, strays=10)
     assert truth.requests == 610
     counted = Truth()
-    for row in await logged(envoy, tmp_path):
+    for row in await logged(envoy, tmp_path, truth.requests):
         tenant, route = (row["project"], row["route"]) if row["route"] else NO_ROUTE
         counted.add(tenant, route, as_exchange(row))
     assert counted.counts == truth.counts
@@ -148,7 +154,7 @@ async def test_mixed_stops_when_told(envoy: EnvoyProcess, tmp_path: Path) -> Non
         "127.0.0.1", envoy.port, TENANTS, requests=500, seed=1, truth=truth, stop=lambda: truth.requests >= 50
     )
     assert 50 <= truth.requests < 500
-    rows = await logged(envoy, tmp_path)
+    rows = await logged(envoy, tmp_path, truth.requests)
     assert len(rows) == truth.requests  # what was begun was finished and counted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -56,7 +57,11 @@ class Edge:
         return Connect(http, HOST) if kind == "connect" else Grpc(http, HOST)
 
     async def rows(self) -> list[dict[str, Any]]:
+        """Envoy's own, once there is one."""
         await self.envoy.drain()
+        async with asyncio.timeout(60):
+            while b"\n" not in self._log.read_bytes():
+                await asyncio.sleep(0.05)
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -68,7 +69,9 @@ async def test_a_stage_without_a_sign_of_life_is_named_and_in_time_a_reason_to_r
 async def test_events_that_no_output_takes_for_long_are_a_reason(service: Service) -> None:
     (courier,) = service._couriers
     service._queues.oldest_ms[courier.settings.output] = clock_ms() - STALLED_MS - 1_000
-    assert service.health().reasons == {"output billing stalled": "oldest event is 601 s old"}
+    ((name, why),) = service.health().reasons.items()
+    assert name == "output billing stalled"
+    assert re.fullmatch(r"oldest event is 6\d\d s old", why)
 
 
 @pytest.mark.parametrize("stage", ["turns", "watch", "output billing", "http port"])

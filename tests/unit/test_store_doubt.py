@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from money import T0, Store
 from proxy_usage.errors import StoreError, StoreForeign
 from proxy_usage.service.checking import check_beside
 from proxy_usage.store import Database, aside
+from proxy_usage.store.schema import translated
 
 TENANTS = [f"tenant-{number}" for number in range(300)]
 
@@ -109,6 +111,51 @@ def test_a_check_that_is_stopped_leaves_the_doubt(store: Path) -> None:
         assert [str(error) for error in raised] == [f"store {store}: interrupted"]
         assert database.unchecked
         assert mark(store).exists()
+
+
+def test_a_check_that_is_stopped_before_it_began_reads_nothing(store: Path) -> None:
+    with opened(store) as database:
+        database.stop_checking()
+        with pytest.raises(StoreError, match="interrupted"):
+            database.check_beside()
+        assert database.unchecked
+        assert mark(store).exists()
+
+
+class Endless(Database):
+    """Whose check begins to read when it was told to stop, and ends if it is told so again.
+
+    (Or at some time, so that a test fails instead of hanging.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, aside_ms=T0, at_once_bytes=1_000)
+        self.connected, self.stopped = threading.Event(), threading.Event()
+
+    def check_beside(self) -> None:
+        self._beside = sqlite3.connect(":memory:", check_same_thread=False)
+        self.connected.set()
+        assert self.stopped.wait(60)
+        time.sleep(0.02)
+        numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 100000000)"
+        with translated(self.path), contextlib.closing(self._beside):
+            self._beside.execute(f"{numbers} SELECT count(*) FROM n").fetchone()
+        self.unchecked = False
+
+    def stop_checking(self) -> None:
+        super().stop_checking()
+        self.stopped.set()
+
+
+async def test_a_stop_that_comes_before_the_check_reads_does_not_wait_for_all_of_it(store: Path) -> None:
+    with contextlib.closing(Endless(store)) as database:
+        stage = asyncio.create_task(check_beside(database))
+        while not database.connected.is_set():
+            await asyncio.sleep(0.001)
+        stage.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stage
+        assert database.unchecked
 
 
 async def test_the_stage_goes_on_when_all_is_well_and_ends_when_not(store: Path) -> None:

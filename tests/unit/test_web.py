@@ -180,7 +180,7 @@ async def test_who_does_not_read_the_answer_is_closed() -> None:
 
 
 async def test_too_many_connections_leave_room_for_the_first() -> None:
-    async with serving(request_s=5) as web:
+    async with serving(request_s=60) as web:  # the first says nothing until all others are there
         opened = [await asyncio.open_connection("127.0.0.1", web.port) for _ in range(MAX_CONNECTIONS + 20)]
         late = [closed(reader) for reader, _ in opened[MAX_CONNECTIONS:]]
         assert await asyncio.gather(*late) == [b""] * 20

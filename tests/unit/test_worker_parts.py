@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy_usage.config import Config
 from proxy_usage.config.workers import all_stores, worker_config, worker_path, worker_stores
+from proxy_usage.demo.listener import lease_port
 from proxy_usage.errors import ListenError, UsageError
 from proxy_usage.metrics import Metrics
 from proxy_usage.receiver.port import ReceiverLimits, check_free, options, reserve
@@ -212,8 +213,8 @@ def takes(port: int, how: str) -> bool:
 
 
 def test_a_reserved_port_is_for_those_who_share_it_alone() -> None:
-    with closing(reserve("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
+    port = lease_port()  # not of those that the kernel gives to whoever connects meanwhile
+    with closing(reserve("127.0.0.1", port)):
         assert not takes(port, "alone")
         assert takes(port, "shared")
         check_free("127.0.0.1", port, shared=True)
