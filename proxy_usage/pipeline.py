@@ -85,6 +85,7 @@ class Pipeline:
         streams: the owner of long streams; None where Envoy sends no periodic rows.
         connections: who used which connection; None where listener rows are not metered.
         max_identities: bound on identities of one node within an hour.
+        stepped: called after each step of booking what was folded.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Pipeline:
         streams: Streams | None = None,
         connections: Connections | None = None,
         max_identities: int = 100_000,
+        stepped: Callable[[], object] = lambda: None,
     ) -> None:
         self.windows = windows
         self.streams = streams
@@ -116,6 +118,7 @@ class Pipeline:
         self._counts = counts
         self.holding = Holding(max_held, self._meters)
         self._quota = Quota(max_identities)
+        self._stepped = stepped
         self._last_turn = last_turn
         self._pending = Pending([0] * self._meters)
         self._aside: deque[Iterator[int]] = deque()
@@ -162,6 +165,7 @@ class Pipeline:
         worked = next(self._aside[0], None)
         if worked is None:
             self._aside.popleft()
+        self._stepped()
         return worked or _NOTHING
 
     def _book(self, pieces: Iterator[Drained], now_ms: int) -> Iterator[int]:

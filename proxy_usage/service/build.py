@@ -28,6 +28,7 @@ from proxy_usage.pipeline import Pipeline, Port
 from proxy_usage.receiver import Receiver, ReceiverLimits, Room, RoomLimits, Sink, Tap, TlsFiles
 from proxy_usage.samples import check_formats, check_samples
 from proxy_usage.service.adopting import adopt_all, go_on
+from proxy_usage.service.collector import collect_young
 from proxy_usage.service.housekeeping import Housekeeping
 from proxy_usage.service.opening import Past, crash_loss, learn, recover, salvages
 from proxy_usage.service.repairs import Repairs
@@ -265,6 +266,7 @@ def build_pipeline(config: Config, storage: Storage) -> Pipeline:
         streams=build_streams(config, storage.recovered),
         connections=build_connections(config, storage.recovered),
         max_identities=config.listen.limits.identities,
+        stepped=collect_young,
     )
 
 

@@ -39,6 +39,15 @@ def settle() -> None:
     gc.set_threshold(YOUNG, MIDDLE, _NEVER)
 
 
+def collect_young() -> None:
+    """Walks the young objects: to be called after each step of work that makes and lets go of many.
+
+    Python counts those made less those let go of. Where the one makes up for the other it would collect
+    nothing, step after step, and then walk what has gathered at once: 30,000 objects, 15 ms and more.
+    """
+    gc.collect(1)
+
+
 def due(passed_s: float, spent_s: float, grown: int) -> bool:
     """Whether it is time for a full collection.
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from proxy_usage.service.collector import GROWN_BYTES, collect_seldom, due, settle
+from proxy_usage.service.collector import GROWN_BYTES, collect_seldom, collect_young, due, settle
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,33 @@ def test_it_would_without() -> None:
         assert held
     finally:
         gc.set_threshold(*threshold)
+
+
+class _Row:
+    """Something that the collector knows, as the rows and keys of a turn."""
+
+    def __init__(self, number: int) -> None:
+        self.number = [number]
+
+
+@pytest.mark.parametrize("walked", [False, True])
+def test_steps_that_let_go_of_as_much_as_they_make_leave_no_pile_of_young_objects(*, walked: bool) -> None:
+    """A turn takes totals out of a fold, and makes keys and windows of them: Python's count stays at nothing."""
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    folded = [_Row(number) for number in range(30_000)]
+    young = 0
+    try:
+        settle()
+        held = []
+        while folded:
+            for _ in range(24):
+                held.append(_Row(folded.pop().number[0]))
+            if walked:
+                collect_young()
+            young = max(young, len(gc.get_objects(0)) + len(gc.get_objects(1)))
+        assert len(held) == 30_000
+        assert (young < 3_000) is walked
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from inner_sink import InnerSink
@@ -40,6 +41,27 @@ def test_a_turn_of_many_keys_is_made_in_steps_of_a_bounded_number_of_them(tmp_pa
         assert 0 < most <= BOOK // 2
         assert len(turn.windows.changed) == len(turn.windows.born) == 1_700
         assert turn.fates == {("counted", ""): 1_700}
+
+
+def test_young_objects_are_walked_after_each_step(tmp_path: Path) -> None:
+    """A step lets go of as much as it makes, so that Python's own count never says that it is time."""
+    walked = []
+
+    def look(phase: str, told: dict[str, int]) -> None:
+        if phase == "start" and told["generation"] == 1:
+            walked.append(gc.get_count()[0])
+
+    with InnerSink(tmp_path, now_ms=T0) as sink:
+        sink.read_raw(rows(1_700))
+        threshold = gc.get_threshold()
+        gc.set_threshold(1 << 30)
+        gc.callbacks.append(look)
+        try:
+            steps = sum(1 for _ in sink.pipeline.draining(T0))
+        finally:
+            gc.callbacks.remove(look)
+            gc.set_threshold(*threshold)
+        assert len(walked) == steps > 1_700 // BOOK
 
 
 def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> None:
