@@ -99,16 +99,15 @@ class _Row:
 
 @pytest.mark.parametrize("walked", [False, True])
 def test_steps_that_let_go_of_as_much_as_they_make_leave_no_pile_of_young_objects(*, walked: bool) -> None:
-    """A turn takes totals out of a fold, and makes keys and windows of them: Python's count stays at nothing."""
+    """A turn takes totals out of a fold, and makes keys and windows of them."""
     threshold, interval = gc.get_threshold(), sys.getswitchinterval()
     folded = [_Row(number) for number in range(30_000)]
     young = 0
     try:
         settle()
-        held = []
+        held: list[_Row] = []
         while folded:
-            for _ in range(24):
-                held.append(_Row(folded.pop().number[0]))
+            held.extend(_Row(folded.pop().number[0]) for _ in range(24))
             if walked:
                 collect_young()
             young = max(young, len(gc.get_objects(0)) + len(gc.get_objects(1)))
