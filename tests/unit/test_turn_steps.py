@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 from inner_sink import InnerSink
 from money import HOUR_MS, T0, key, windows
 from wire import DOWNSTREAM_PERIODIC, http_row, message
 
 from proxy_usage.bulk import PAGE
 from proxy_usage.cells import Closing
+from proxy_usage.decode.choice import CHOICE
 from proxy_usage.intake import by_node
 from proxy_usage.model import NS_PER_MS
 from proxy_usage.pipeline import BOOK, BOOK_ROWS, STEPS_A_PART, Port, next_step
@@ -43,8 +46,13 @@ def test_a_turn_of_many_keys_is_made_in_steps_of_a_bounded_number_of_them(tmp_pa
         assert turn.fates == {("counted", ""): 1_700}
 
 
-def test_young_objects_are_walked_after_each_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [None, gc], ids=["protobuf", "compiled"])
+def test_young_objects_are_walked_after_each_step_with_the_protobuf_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: ModuleType | None
+) -> None:
     """A step lets go of as much as it makes, so that Python's own count never says that it is time."""
+    # Any module will do: what is asked is whether there is one.
+    monkeypatch.setattr("proxy_usage.service.build.CHOICE", CHOICE._replace(native=native))
     walked = []
 
     def look(phase: str, told: dict[str, int]) -> None:
@@ -61,7 +69,8 @@ def test_young_objects_are_walked_after_each_step(tmp_path: Path) -> None:
         finally:
             gc.callbacks.remove(look)
             gc.set_threshold(*threshold)
-        assert len(walked) == steps > 1_700 // BOOK
+        assert steps > 1_700 // BOOK
+        assert len(walked) == (0 if native else steps)
 
 
 def test_packing_and_letting_go_take_a_bounded_number_of_cells_at_a_time() -> None:
