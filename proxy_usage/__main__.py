@@ -15,6 +15,9 @@ from pathlib import Path
 def main() -> int:
     """Runs the verb on the command line. Returns the exit code."""
     have_standard_streams()
+    # By default gRPC writes a line of its own about every handshake that fails: as many as strangers like. It
+    # reads this when it is loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     plain = plain_run(sys.argv[1:], os.environ.get("PROXY_USAGE_CONFIG"))
     if plain is None:
         from proxy_usage.cli import main as command_line

@@ -9,7 +9,7 @@ from pathlib import Path
 from proxy_usage.config import load
 from proxy_usage.errors import ConfigError
 from proxy_usage.service.forwarding import serve_forwarder
-from proxy_usage.service.logs import configure_log, name_worker
+from proxy_usage.service.logs import configure_log, name_worker, take_library_lines
 from proxy_usage.service.process import run_sink
 from proxy_usage.service.serving import serve
 from proxy_usage.service.worker import Part, depend_on_supervisor
@@ -38,6 +38,7 @@ def run(
             hint="start it with proxy-usage forward, or remove the section",
         )
     configure_log(config.log.level, config.log.format)
+    take_library_lines()
     if part is None and config.workers > 1:
         from proxy_usage.service.supervisor import supervise
 
@@ -58,4 +59,5 @@ def forward(config_path: Path, env: Mapping[str, str]) -> int:
             hint="add forward: {url: …, stream: …}, or start a sink with proxy-usage run",
         )
     configure_log(config.log.level, config.log.format)
+    take_library_lines()
     return asyncio.run(serve_forwarder(config, config.forward))

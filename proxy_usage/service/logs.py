@@ -16,6 +16,8 @@ import structlog
 LINE_BYTES = 4_096
 """So long a line may be: PIPE_BUF of Linux, up to which a write to a pipe is never mixed with those of other
 processes (pipe(7), POSIX write()), and finds room when poll() says that there is any."""
+A_MINUTE = 20
+"""Lines of libraries; the rest is counted."""
 _VALUE = 1_024  # characters left of a value where the line is too long, at first
 
 _fields: dict[str, object] = {}
@@ -103,12 +105,54 @@ def _cut(value: object, left: int) -> object:
     return value if len(text) <= left else f"{text[: left // 2]} … {text[-(left // 2) or len(text) :]}"
 
 
+class LibraryLines(logging.Handler):
+    """What libraries say by Python's logging, as lines of ours, at most ``A_MINUTE``.
+
+    By default they write to standard error, which nothing bounds and where a reader that stopped reading
+    holds up whoever writes; and a stranger who sends what is no HTTP brings aiohttp to a traceback each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._minute = 0
+        self._said = 0
+        self._unsaid = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; called with the handler's lock."""
+        log = structlog.get_logger()
+        if record.created // 60 != self._minute:
+            self._say_how_many_more()
+            self._minute, self._said = int(record.created // 60), 0
+        if self._said == A_MINUTE:
+            self._unsaid += 1
+            return
+        self._said += 1
+        say = log.error if record.levelno >= logging.ERROR else log.warning
+        say("a library says", library=record.name, message=record.getMessage(), exc_info=record.exc_info)
+
+    def close(self) -> None:
+        """Called as the process ends."""
+        self._say_how_many_more()
+        super().close()
+
+    def _say_how_many_more(self) -> None:
+        more, self._unsaid = self._unsaid, 0
+        if more:
+            structlog.get_logger().warning("more lines of libraries", lines=more)
+
+
 _lines = Lines(1)
 
 
 def lost_lines() -> int:
     """Lines of this process that standard output did not take, since this was last asked."""
     return _lines.take_lost()
+
+
+def take_library_lines() -> None:
+    """From now on libraries log as the program does."""
+    logging.getLogger().addHandler(LibraryLines())
 
 
 def name_worker(number: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from proxy_usage.demo.http1 import Http1Client
 from proxy_usage.demo.traffic import mixed
 from proxy_usage.demo.truth import Truth, tenants
 from proxy_usage.demo.upstream import Upstream
+from proxy_usage.service.logs import A_MINUTE
 
 pytestmark = pytest.mark.e2e
 
@@ -239,3 +242,39 @@ async def test_a_client_cannot_choose_its_tenant_where_envoy_does_what_the_guide
             await eventually(lambda: counted() == 3, "every row has its fate", why=sink.said)
             await eventually(sink.idle, "all that is billed is delivered", why=sink.said)
             assert requests() == {"alpha": 2} | ({} if stripped else {"victim": 1})
+
+
+@pytest.mark.parametrize(("verbosity", "written"), [(None, False), ("INFO", True)])
+async def test_strangers_cannot_fill_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbosity: str | None, *, written: bool
+) -> None:
+    """Whoever looks for the reason of a failed handshake may ask for gRPC's own lines."""
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    if verbosity is not None:
+        monkeypatch.setenv("GRPC_VERBOSITY", verbosity)
+    authority = Authority(tmp_path, "ours")
+    server = authority.issue("sink", dns=["sink.example.org"])
+    listen = {
+        "tls": {
+            "cert_file": str(server.cert),
+            "key_file": str(server.key),
+            "client_ca_file": str(authority.file),
+        }
+    }
+    async with BillingStandIn() as billing:
+        async with Sink(tmp_path / "sink", url=billing.url, settings={"listen": listen}) as sink:
+            for number in range(100):
+                port = (sink.grpc_port, sink.http_port)[number % 2]
+                reader, writer = await asyncio.open_connection(LOCAL, port)
+                writer.write(b"GET / HTTP/1.1\r\nContent-Length: -5\r\n\r\n")
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()  # until it hangs up
+                writer.close()
+            assert await sink.stop() == 0
+        lines = sink.log.read_text().splitlines()
+        assert any("Handshake failed" in line for line in lines) is written
+        assert written or all(line.startswith("{") for line in lines), lines
+        # Over the end of a minute twice as many.
+        said = len(sink.events("a library says"))
+        assert 0 < said <= 2 * A_MINUTE
+        assert said + sum(line["lines"] for line in sink.events("more lines of libraries")) == 50

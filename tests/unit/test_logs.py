@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import structlog
 
 from proxy_usage.service import logs
-from proxy_usage.service.logs import LINE_BYTES, Lines, configure_log, lost_lines
+from proxy_usage.service.logs import A_MINUTE, LINE_BYTES, LibraryLines, Lines, configure_log, lost_lines
 
 LINES = 5
 WRITER = f"""
@@ -163,3 +164,31 @@ raise SystemExit(lines.take_lost())
     ran = subprocess.run([sys.executable, "-c", program], check=False, stdout=subprocess.DEVNULL)
     assert ran.returncode == 2
     assert path.read_text().splitlines() == ["first", "seco", "fourth"]
+
+
+def test_what_libraries_say_is_bounded_and_the_rest_counted(said: int) -> None:
+    handler = LibraryLines()
+    for number in range(A_MINUTE + 7):
+        record = logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "no. %d", (number,), None)
+        record.created = 1_795_300_000.0
+        handler.handle(record)
+    lines = [json.loads(line) for line in empty(said).splitlines()]
+    assert [line["message"] for line in lines] == [f"no. {number}" for number in range(A_MINUTE)]
+    assert {(line["event"], line["library"], line["level"]) for line in lines} == {
+        ("a library says", "aiohttp.server", "error")
+    }
+    try:
+        fail()
+    except ValueError:
+        late = logging.LogRecord("x", logging.WARNING, "", 0, "late", (), sys.exc_info())
+    late.created = record.created + 60
+    handler.handle(late)
+    more, last = (json.loads(line) for line in empty(said).splitlines())
+    assert (more["event"], more["lines"]) == ("more lines of libraries", 7)
+    assert (last["message"], last["level"]) == ("late", "warning")
+    assert last["exception"].endswith("the last line")
+    for _ in range(A_MINUTE):
+        handler.handle(late)
+    assert len(empty(said).splitlines()) == A_MINUTE - 1
+    handler.close()
+    assert json.loads(empty(said))["lines"] == 1
